@@ -1,0 +1,756 @@
+# %% autograd: reverse-mode automatic differentiation over NumPy or CuPy
+"""A reverse-mode autograd in one file.
+
+Training a network means following the gradient of one number, the loss, with respect to a million numbers,
+the parameters. The chain rule can be multiplied out from either end. Forwards, from the parameters, it takes
+one pass for every parameter. Backwards, from the loss, it takes one pass in all, at about twice the cost of
+computing the loss itself, because every intermediate result then needs only one gradient: that of one number.
+That is reverse mode, and this file is all of it:
+
+    1. the device      which array library computes: NumPy on the CPU, CuPy on a CUDA GPU
+    2. the graph       Tensor, what an operation leaves behind for the way back, and backward()
+    3. the operations  forward and gradient side by side, from addition to layer normalisation
+    4. the notation    NumPy's operators on Tensor
+    5. the threads     several graphs at once, one for each part of a batch
+    6. the proof       check_gradients: every gradient against finite differences
+
+Throughout, `g` is the gradient of the loss with respect to an operation's result y, an array of y's shape, and
+the gradient of an operation is the map from g to the gradient with respect to one operand:
+
+    loss = L(y),  y = f(x)      dL/dx[i] = sum over j of  g[j] * dy[j]/dx[i]      with  g[j] = dL/dy[j]
+"""
+import contextlib
+import functools
+import itertools
+import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy
+
+
+# %% 1. The device
+class _ArrayLibrary:
+    """`xp`: the array library of the current device; `xp.exp` is numpy.exp or cupy.exp.
+
+    CuPy has NumPy's interface, so everything else in this project is written once, against `xp`.
+    """
+
+    def __init__(self):
+        self.library = numpy
+
+    def __getattr__(self, name):
+        return getattr(self.library, name)
+
+
+xp = _ArrayLibrary()
+
+
+class DeviceError(RuntimeError):
+    """The device asked for cannot be used; the message is one sentence that says what to do."""
+
+
+def use_device(name):
+    """Compute on "cpu" (NumPy) or "gpu" (CuPy) from now on. Arrays made before stay where they are.
+
+    Raises DeviceError when CuPy or a CUDA device is missing, ValueError for any other name.
+    """
+    if name not in ("cpu", "gpu"):
+        raise ValueError(f"use_device: the device is 'cpu' or 'gpu', not {name!r}")
+    xp.library = numpy if name == "cpu" else _cupy()
+
+
+def _cupy():
+    try:
+        import cupy
+    except ImportError as error:
+        raise DeviceError("--device gpu needs CuPy, which is not installed here (or does not load): "
+                          'pip install "cupy-cuda13x[ctk]" (CUDA 13) or "cupy-cuda12x[ctk]" (CUDA 12), '
+                          f"or use --device cpu [{error.__class__.__name__}]") from error
+    try:
+        devices = cupy.cuda.runtime.getDeviceCount()
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        raise DeviceError("CuPy is installed but finds no working CUDA device: check that nvidia-smi lists a GPU and "
+                          f"that its driver is new enough for this CuPy, or use --device cpu [{error}]") from error
+    if devices == 0:
+        raise DeviceError("CuPy is installed but this machine has no CUDA device: use --device cpu")
+    return cupy
+
+
+def to_numpy(array):
+    """The same values as a NumPy array: a copy from the GPU, or the array itself on the CPU."""
+    return array.get() if hasattr(array, "get") else array
+
+
+def keep_freed_memory():
+    """Tell the C library's malloc to keep freed memory for the next array instead of returning it to the system.
+
+    A training step allocates and frees the same few hundred arrays again and again. glibc by default hands every
+    large one back to the kernel and gets it anew, and the page faults cost more than the arithmetic in the array
+    (one training step of the default model: 1.3 times faster with this). Without glibc this does nothing.
+    """
+    import ctypes
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3     # <malloc.h>
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
+        libc.mallopt(M_TRIM_THRESHOLD, 1 << 30)
+
+
+# %% 2. The graph
+# Every operation makes a Tensor that remembers its operands and, for each operand, the function that carries a
+# gradient back to it. These edges are the "tape". Nothing is compiled: the graph is whatever the Python code did.
+#
+#     x ──┐
+#         ├─ multiply ── y ── sum ── loss          loss.backward() walks the edges from right to left
+#     w ──┘
+#
+# A value that is used twice influences the loss along two paths, and the chain rule for several paths is a sum:
+# that is why gradients *add*, in backward() below and in Tensor.grad.
+
+class _State(threading.local):
+    recording = True        # each thread has its own: no_grad() in one does not blind another
+
+
+_state = _State()
+_serial = itertools.count()
+_RELEASED = ("released",)
+
+
+@contextlib.contextmanager
+def no_grad():
+    """Inside `with no_grad():` operations compute values only: no graph, no memory held for a backward pass."""
+    before, _state.recording = _state.recording, False
+    try:
+        yield
+    finally:
+        _state.recording = before
+
+
+class Tensor:
+    """An array that knows where it came from.
+
+    data            array of the current device's library, any shape (lists and numbers are converted)
+    requires_grad   True for a parameter: backward() then leaves d(loss)/d(data) in `.grad`
+    grad            None, or an array of the shape and dtype of `data`; repeated backward() calls add to it
+    """
+
+    __slots__ = ("data", "grad", "requires_grad", "_edges", "_number", "__weakref__")
+    __array_ufunc__ = None      # `array * tensor` asks the Tensor, instead of multiplying element by element
+
+    def __init__(self, data, requires_grad=False):
+        if isinstance(data, Tensor):
+            raise TypeError("Tensor: the data is a Tensor already; use .detach() for the same value without history")
+        self.data = xp.asarray(data)
+        if self.data.dtype.kind not in "fiub":
+            raise TypeError(f"Tensor: numbers expected, not dtype {self.data.dtype}")
+        if requires_grad and self.data.dtype.kind != "f":
+            raise TypeError(f"Tensor: only floating-point values have a gradient, not {self.data.dtype}")
+        self.grad = None
+        self.requires_grad = requires_grad
+        self._edges = ()                    # ((operand, gradient function), …); empty for a leaf
+        self._number = next(_serial)        # an operand is always older than the result
+
+    shape = property(lambda self: self.data.shape)
+    ndim = property(lambda self: self.data.ndim)
+    size = property(lambda self: self.data.size)
+    dtype = property(lambda self: self.data.dtype)
+
+    def __len__(self):
+        return len(self.data)
+
+    def __repr__(self):
+        return f"Tensor({self.data!r}{', requires_grad=True' if self.requires_grad else ''})"
+
+    def item(self):
+        """The one value as a Python number (on a GPU: waits for it)."""
+        return self.data.item()
+
+    def numpy(self):
+        """The values as a NumPy array (see `to_numpy`)."""
+        return to_numpy(self.data)
+
+    def detach(self):
+        """The same value with no history: a constant for every gradient computed from it."""
+        return Tensor(self.data)
+
+    def backward(self, gradient=None):
+        """Add d(self)/d(leaf) to `.grad` of every leaf with requires_grad that this value was computed from.
+
+        A scalar needs no `gradient`; any other shape needs the gradient of the final loss with respect to this
+        Tensor, of this shape. The graph is released on the way: a second backward() through it is a RuntimeError.
+        """
+        accumulate(leaf_gradients(self, gradient))
+
+
+def stop_gradient(x):
+    """SG(x) of the paper (section 3.2): the same value, through which no gradient flows."""
+    return x.detach()
+
+
+def leaf_gradients(root, gradient=None):
+    """The backward pass: [(leaf, d(root)/d(leaf)), …] for every leaf with requires_grad under `root`.
+
+    It visits results before their operands, so that when an operation is reached its gradient g is complete. An
+    operation is always younger than its operands: descending order of creation is such an order, without recursion.
+    """
+    if not root.requires_grad:
+        raise RuntimeError("backward: nothing this value was computed from requires a gradient "
+                           "(or it was computed inside no_grad())")
+    if gradient is None and root.size != 1:
+        raise ValueError(f"backward: the result has shape {list(root.shape)}; only a scalar can do without a gradient")
+    gradient = xp.ones_like(root.data) if gradient is None else xp.asarray(gradient, dtype=root.dtype)
+    if gradient.shape != root.shape:
+        raise ValueError(f"backward: gradient of shape {list(gradient.shape)} for a result of shape {list(root.shape)}")
+
+    reached, stack = {root}, [root]
+    while stack:
+        tensor = stack.pop()
+        if tensor._edges is _RELEASED:
+            raise RuntimeError("backward: this graph was released by an earlier backward(); compute the value again")
+        for operand, _ in tensor._edges:
+            if operand not in reached:
+                reached.add(operand)
+                stack.append(operand)
+    order = sorted(reached, key=lambda tensor: tensor._number)
+    del reached
+
+    gradients, leaves = {root: gradient}, []
+    while order:
+        tensor = order.pop()
+        g = gradients.pop(tensor)
+        if not tensor._edges:
+            leaves.append((tensor, g))
+            continue
+        for operand, gradient_function in tensor._edges:
+            part = unbroadcast(gradient_function(g), operand.shape)
+            gradients[operand] = gradients[operand] + part if operand in gradients else part
+        tensor._edges = _RELEASED       # frees what the gradient functions held on to
+    return leaves
+
+
+def accumulate(leaves):
+    """Add each gradient of [(leaf, gradient), …] to leaf.grad, which never shares memory with another array."""
+    for leaf, g in leaves:
+        leaf.grad = g.copy() if leaf.grad is None else leaf.grad + g
+
+
+def unbroadcast(g, shape):
+    """Sum g over the axes along which broadcasting repeated an operand of `shape`.
+
+    Broadcasting uses one element several times; its gradient is the sum over all its uses. [2, 3] + [3] adds the
+    same vector to both rows, so the vector's gradient is g summed over the rows. Every operation below may return
+    a gradient of the broadcast shape: backward() calls this one function for all of them.
+    """
+    if g.shape == shape:
+        return g
+    extra = g.ndim - len(shape)
+    repeated = tuple(axis for axis in range(g.ndim) if axis < extra or (shape[axis - extra] == 1 != g.shape[axis]))
+    return g.sum(axis=repeated).reshape(shape)
+
+
+# What the operations share.
+
+OPS = {}        # name -> operation; the tests read it so that none goes unchecked
+
+
+def op(function):
+    """Register an operation, and make its errors name it and the operands."""
+    @functools.wraps(function)
+    def checked(*operands, **options):
+        try:
+            return function(*operands, **options)
+        except (IndexError, TypeError, ValueError) as error:
+            kind = next(kind for kind in (IndexError, TypeError, ValueError) if isinstance(error, kind))
+            raise kind(f"{function.__name__}({', '.join(map(_describe, operands))}): {error}") from error
+    OPS[function.__name__] = checked
+    return checked
+
+
+def _describe(operand):
+    if hasattr(operand, "shape"):
+        return f"{operand.dtype}{list(operand.shape)}"
+    if isinstance(operand, (list, tuple)) and any(hasattr(part, "shape") for part in operand):
+        return f"[{', '.join(map(_describe, operand))}]"
+    return repr(operand)[:40]
+
+
+def result(data, *edges):
+    """The Tensor of an operation's value. `edges` are (operand, function from g to the operand's gradient).
+
+    Only operands that need a gradient are kept, so a gradient nobody wants (of a constant, of the memory) is never
+    computed, and what only its function needed is not held in memory.
+    """
+    tensor = Tensor(data)
+    if _state.recording:
+        tensor._edges = tuple(edge for edge in edges if isinstance(edge[0], Tensor) and edge[0].requires_grad)
+        tensor.requires_grad = bool(tensor._edges)
+    return tensor
+
+
+def arrays(*operands):
+    """The operands' values, ready to be combined without changing the dtype of the floating-point ones.
+
+    Python and NumPy scalars become Python numbers, which take the dtype of the array beside them; integer arrays
+    beside floating-point ones are converted to their dtype. float32 beside float64 is a TypeError.
+    """
+    values, dtype = [], None
+    for operand in operands:
+        value = operand.data if isinstance(operand, Tensor) else operand
+        if isinstance(value, (int, float, numpy.generic)):
+            value = value.item() if isinstance(value, numpy.generic) else value
+        elif not hasattr(value, "dtype"):
+            value = xp.asarray(value)
+        if hasattr(value, "dtype") and value.dtype.kind == "f":
+            if dtype not in (None, value.dtype):
+                raise TypeError(f"{dtype} and {value.dtype} do not mix; convert one of them with astype")
+            dtype = value.dtype
+        values.append(value)
+    if dtype is not None:
+        values = [v.astype(dtype) if hasattr(v, "dtype") and v.dtype != dtype else v for v in values]
+    return values
+
+
+# %% 3. The operations
+# Each returns result(value, (operand, g -> gradient of the operand), …). First arithmetic, elementwise with
+# broadcasting; the rules are those of a first calculus course.
+
+@op
+def add(a, b):
+    x, y = arrays(a, b)
+    return result(x + y, (a, lambda g: g), (b, lambda g: g))
+
+
+@op
+def subtract(a, b):
+    x, y = arrays(a, b)
+    return result(x - y, (a, lambda g: g), (b, lambda g: -g))
+
+
+@op
+def multiply(a, b):
+    x, y = arrays(a, b)
+    return result(x * y, (a, lambda g: g * y), (b, lambda g: g * x))
+
+
+@op
+def divide(a, b):
+    x, y = arrays(a, b)
+    return result(x / y, (a, lambda g: g / y), (b, lambda g: -g * x / (y * y)))
+
+
+@op
+def power(a, b):
+    """a ** b. At a = 0 the slope of a ** 0 is 0, and that of 0 ** b by b (b > 0) is 0 too."""
+    x, y = arrays(a, b)
+    z = x ** y
+    return result(z, (a, lambda g: g * y * x ** (y - (y != 0))),
+                  (b, lambda g: g * z * xp.log(xp.where(x == 0, xp.ones_like(z), x))))
+
+
+@op
+def negative(a):
+    x, = arrays(a)
+    return result(-x, (a, lambda g: -g))
+
+
+@op
+def exp(a):
+    x, = arrays(a)
+    y = xp.exp(x)
+    return result(y, (a, lambda g: g * y))
+
+
+@op
+def log(a):
+    x, = arrays(a)
+    return result(xp.log(x), (a, lambda g: g / x))
+
+
+@op
+def sqrt(a):
+    x, = arrays(a)
+    y = xp.sqrt(x)
+    return result(y, (a, lambda g: g / (2 * y)))
+
+
+@op
+def tanh(a):
+    x, = arrays(a)
+    y = xp.tanh(x)
+    return result(y, (a, lambda g: g * (1 - y * y)))
+
+
+@op
+def sigmoid(a):
+    """1 / (1 + exp(-x)), as (1 + tanh(x / 2)) / 2, which does not overflow."""
+    x, = arrays(a)
+    y = (1 + xp.tanh(x / 2)) / 2
+    return result(y, (a, lambda g: g * y * (1 - y)))
+
+
+@op
+def relu(a):
+    x, = arrays(a)
+    y = xp.maximum(x, 0)
+    return result(y, (a, lambda g: g * (y > 0)))
+
+
+@op
+def gelu(a):
+    """x * Phi(x) in the tanh form of Hendrycks and Gimpel 2016 (arXiv 1606.08415, section 2)."""
+    x, = arrays(a)
+    c = math.sqrt(2 / math.pi)
+    t = xp.tanh(c * (x + 0.044715 * x * x * x))
+    return result(0.5 * x * (1 + t),
+                  (a, lambda g: g * (0.5 * (1 + t) + 0.5 * x * (1 - t * t) * c * (1 + 3 * 0.044715 * x * x))))
+
+
+# Selection and shape. These move numbers without changing them, so their gradients move g back the same way: what
+# was left out gets zero, what was used twice gets a sum.
+
+@op
+def where(condition, a, b):
+    """a where `condition` (boolean array) holds, else b."""
+    condition = condition.data if isinstance(condition, Tensor) else condition
+    x, y = arrays(a, b)
+    return result(xp.where(condition, x, y), (a, lambda g: g * condition), (b, lambda g: g * ~condition))
+
+
+@op
+def reshape(a, shape):
+    x, = arrays(a)
+    return result(x.reshape(shape), (a, lambda g: g.reshape(x.shape)))
+
+
+@op
+def transpose(a, axes=None):
+    """The axes in the order `axes`, reversed if it is None. Back: the inverse permutation."""
+    x, = arrays(a)
+    axes = tuple(range(x.ndim))[::-1] if axes is None else tuple(axis % x.ndim for axis in axes)
+    inverse = tuple(axes.index(axis) for axis in range(x.ndim))
+    return result(x.transpose(axes), (a, lambda g: g.transpose(inverse)))
+
+
+@op
+def swapaxes(a, axis1, axis2):
+    x, = arrays(a)
+    return result(x.swapaxes(axis1, axis2), (a, lambda g: g.swapaxes(axis1, axis2)))
+
+
+@op
+def index(a, key):
+    """a[key]: any of NumPy's indices. An element picked several times by an integer array gets a sum."""
+    x, = arrays(a)
+    parts = tuple(part.data if isinstance(part, Tensor) else part for part in (key if isinstance(key, tuple) else (key,)))
+    once = all(part is None or part is Ellipsis or isinstance(part, (int, slice)) for part in parts)
+
+    def gradient(g):
+        out = xp.zeros_like(x)
+        if once:
+            out[parts] = g
+        else:
+            xp.add.at(out, parts, g)
+        return out
+    return result(x[parts], (a, gradient))
+
+
+@op
+def concatenate(tensors, axis=0):
+    xs = arrays(*tensors)
+    y = xp.concatenate(xs, axis=axis)
+    ends = list(itertools.accumulate(x.shape[axis] for x in xs))
+
+    def part(end, length):
+        key = [slice(None)] * y.ndim
+        key[axis] = slice(end - length, end)
+        return lambda g: g[tuple(key)]
+    return result(y, *((t, part(end, x.shape[axis])) for t, x, end in zip(tensors, xs, ends)))
+
+
+@op
+def pad(a, widths):
+    """Zeros around a; `widths` is ((before, after), …), one pair for each axis."""
+    x, = arrays(a)
+    inside = tuple(slice(before, before + length) for (before, _), length in zip(widths, x.shape))
+    return result(xp.pad(x, widths), (a, lambda g: g[inside]))
+
+
+@op
+def astype(a, dtype):
+    """The only way to change a dtype. The gradient comes back in the operand's own."""
+    x, = arrays(a)
+    return result(x.astype(dtype), (a, lambda g: g.astype(x.dtype)))
+
+
+# Reductions. Back: every element that was summed gets the same g.
+
+def _spread(g, shape, axis, keepdims):
+    """g of a reduction over `axis`, repeated along the reduced axes: an array (a view) of `shape`."""
+    if axis is not None and not keepdims:
+        axes = {a % len(shape) for a in (axis if isinstance(axis, tuple) else (axis,))}
+        g = g.reshape([1 if a in axes else n for a, n in enumerate(shape)])
+    return xp.broadcast_to(g, shape)
+
+
+@op
+def sum(a, axis=None, keepdims=False):
+    """Sum over `axis` (None: all; an integer or a tuple)."""
+    x, = arrays(a)
+    return result(x.sum(axis=axis, keepdims=keepdims), (a, lambda g: _spread(g, x.shape, axis, keepdims)))
+
+
+@op
+def mean(a, axis=None, keepdims=False):
+    x, = arrays(a)
+    y = x.mean(axis=axis, keepdims=keepdims)
+    return result(y, (a, lambda g: _spread(g * (y.size / x.size), x.shape, axis, keepdims)))
+
+
+@op
+def max(a, axis=None, keepdims=False):
+    """Largest element over `axis`. Elements that tie share the gradient equally."""
+    x, = arrays(a)
+    top = x.max(axis=axis, keepdims=True)
+
+    def gradient(g):
+        chosen = (x == top).astype(x.dtype)
+        return chosen * _spread(g, x.shape, axis, keepdims) / chosen.sum(axis=axis, keepdims=True)
+    return result(x.max(axis=axis, keepdims=keepdims), (a, gradient))
+
+
+# Matrix products. For Y = X W:  dL/dX = g W^T  and  dL/dW = X^T g. (Only these two have the right shapes.)
+
+@op
+def matmul(a, b):
+    """a @ b as NumPy defines it: matrices, stacks of matrices (leading axes broadcast), vectors."""
+    x, y = arrays(a, b)
+    if x.ndim == 0 or y.ndim == 0:
+        raise ValueError("a number has no matrix product; use *")
+    if x.ndim == 1:                                         # a vector on the left is a row, on the right a column
+        return index(matmul(reshape(a, (1, -1)), b), (..., 0) if y.ndim == 1 else (..., 0, slice(None)))
+    if y.ndim == 1:
+        return index(matmul(a, reshape(b, (-1, 1))), (..., 0))
+    if y.ndim == 2 and x.shape[-1] == y.shape[0]:
+        # One matrix for the whole stack: all rows in a single large product, much faster than many small ones.
+        rows, (n, m) = math.prod(x.shape[:-1]), y.shape
+        flat = x.reshape(rows, n)
+        return result((flat @ y).reshape(x.shape[:-1] + (m,)),
+                      (a, lambda g: (g.reshape(rows, m) @ y.T).reshape(x.shape)),
+                      (b, lambda g: flat.T @ g.reshape(rows, m)))
+    return result(x @ y, (a, lambda g: g @ y.swapaxes(-1, -2)), (b, lambda g: x.swapaxes(-1, -2) @ g))
+
+
+@op
+def embedding(table, ids):
+    """Rows of `table` [V, D] picked by integer `ids` [...]: [..., D]. A row picked n times gets the sum of n gradients."""
+    x, = arrays(table)
+    ids = ids.data if isinstance(ids, Tensor) else xp.asarray(ids)
+    if ids.dtype.kind not in "iu":
+        raise TypeError(f"ids must be integers, not {ids.dtype}")
+    return index(table, ids)
+
+
+# The softmax and its relatives. With y = softmax(x), y[i] = exp(x[i]) / sum_j exp(x[j]):
+#
+#     dy[j]/dx[i] = y[j] (1[i = j] - y[i])      dL/dx[i] = sum_j g[j] dy[j]/dx[i] = y[i] (g[i] - sum_j g[j] y[j])
+#
+# Adding a constant to every x[i] changes nothing; subtracting the largest keeps exp from overflowing.
+
+@op
+def softmax(a, mask=None, axis=-1):
+    """Softmax over `axis`. Where boolean `mask` (broadcast to a) is True the weight is 0, as if x were -infinity.
+
+    A row that is masked everywhere has only zeros.
+    """
+    x, = arrays(a)
+    if mask is not None:
+        x = xp.where(mask, -xp.inf, x).astype(x.dtype, copy=False)
+    limits = xp.finfo(x.dtype)
+    y = x - xp.maximum(x.max(axis=axis, keepdims=True), limits.min)
+    xp.exp(y, out=y)
+    y /= xp.maximum(y.sum(axis=axis, keepdims=True), limits.tiny)
+    return result(y, (a, lambda g: y * (g - (g * y).sum(axis=axis, keepdims=True))))
+
+
+@op
+def log_softmax(a, axis=-1):
+    """log softmax(x) = x - log sum_j exp(x[j]). Back: dL/dx[i] = g[i] - softmax(x)[i] sum_j g[j]."""
+    x, = arrays(a)
+    y = x - x.max(axis=axis, keepdims=True)
+    y -= xp.log(xp.exp(y).sum(axis=axis, keepdims=True))
+    return result(y, (a, lambda g: g - xp.exp(y) * g.sum(axis=axis, keepdims=True)))
+
+
+@op
+def cross_entropy(logits, targets):
+    """Mean over all positions of -log softmax(logits)[target], in nats.
+
+    logits [..., V], integer targets [...]. From the line above, with g = -1/N at the target and 0 elsewhere:
+    dL/dlogits = (softmax(logits) - onehot(target)) / N: what the model believes, minus what was true.
+    """
+    x, = arrays(logits)
+    targets = targets.data if isinstance(targets, Tensor) else xp.asarray(targets)
+    if targets.dtype.kind not in "iu" or targets.shape != x.shape[:-1]:
+        raise ValueError(f"targets must be integers of shape {list(x.shape[:-1])}, one for each row of logits")
+    rows, columns = xp.arange(targets.size), targets.reshape(-1)
+    log_p = log_softmax(x.reshape(targets.size, x.shape[-1])).data
+
+    def gradient(g):
+        difference = xp.exp(log_p)
+        difference[rows, columns] -= 1
+        difference *= g / targets.size
+        return difference.reshape(x.shape)
+    return result(-log_p[rows, columns].mean(), (logits, gradient))
+
+
+# Layer normalisation (Ba et al. 2016) gives every row of n numbers mean 0 and variance 1, then a learned scale and
+# shift. With z = (x - mean) * s, s = 1 / sqrt(variance + eps) and h = g * gain, the gradient that reaches z:
+#
+#     z depends on x[i] directly, through the mean, and through s (ds/dx[i] = -s^2 z[i] / n):
+#     dz[j]/dx[i] = s (1[i = j] - 1/n - z[j] z[i] / n)
+#     dL/dx[i] = sum_j h[j] dz[j]/dx[i] = s (h[i] - mean(h) - z[i] mean(h z))
+#
+# The gradient loses its component along a shift of the row and along a stretch of it, as the row itself did.
+
+@op
+def layer_norm(a, gain, bias, eps=1e-5):
+    """Normalise over the last axis: a [..., D], gain [D], bias [D]."""
+    x, w, b = arrays(a, gain, bias)
+    z = x - x.mean(axis=-1, keepdims=True)
+    s = 1 / xp.sqrt((z * z).mean(axis=-1, keepdims=True) + eps)
+    z *= s
+
+    def gradient(g):
+        h = g * w
+        return s * (h - h.mean(axis=-1, keepdims=True) - z * (h * z).mean(axis=-1, keepdims=True))
+    return result(z * w + b, (a, gradient), (gain, lambda g: g * z), (bias, lambda g: g))
+
+
+@op
+def dropout(a, p, generator):
+    """Zero each element with probability p and divide the rest by 1 - p, so that the expectation stays the same.
+
+    `generator` is one of xp.random.default_rng(...); None (not training) or p = 0 leaves a unchanged.
+    """
+    if not 0 <= p < 1:
+        raise ValueError(f"p must be in [0, 1), not {p}")
+    x, = arrays(a)
+    if generator is None or p == 0:
+        return result(x, (a, lambda g: g))
+    factor = (generator.random(x.shape, dtype=xp.float32) >= p) / xp.asarray(1 - p, dtype=x.dtype)
+    return result(x * factor, (a, lambda g: g * factor))
+
+
+# %% 4. The notation
+# NumPy's operators and methods on Tensor are the operations above.
+
+Tensor.__add__, Tensor.__radd__ = add, lambda self, other: add(other, self)
+Tensor.__sub__, Tensor.__rsub__ = subtract, lambda self, other: subtract(other, self)
+Tensor.__mul__, Tensor.__rmul__ = multiply, lambda self, other: multiply(other, self)
+Tensor.__truediv__, Tensor.__rtruediv__ = divide, lambda self, other: divide(other, self)
+Tensor.__pow__, Tensor.__rpow__ = power, lambda self, other: power(other, self)
+Tensor.__matmul__, Tensor.__rmatmul__ = matmul, lambda self, other: matmul(other, self)
+Tensor.__neg__, Tensor.__getitem__ = negative, index
+Tensor.sum, Tensor.mean, Tensor.max, Tensor.swapaxes, Tensor.astype = sum, mean, max, swapaxes, astype
+Tensor.reshape = lambda self, *shape: reshape(self, shape[0] if isinstance(shape[0], (tuple, list)) else shape)
+Tensor.transpose = lambda self, *axes: transpose(self, axes or None)
+Tensor.T = property(transpose)
+
+
+# %% 5. The threads
+# NumPy works on one core at a time in everything but large matrix products, and it lets go of Python's lock while it
+# does. So the rows of a batch are divided among threads, each building and walking a graph of its own.
+
+@functools.cache
+def _pool(workers):
+    return ThreadPoolExecutor(workers)
+
+
+def in_threads(function, parts):
+    """[function(part) for part in parts], each in a thread of its own where there are several."""
+    if len(parts) == 1:
+        return [function(parts[0])]
+    return list(_pool(len(parts)).map(function, parts))
+
+
+def backward_in_threads(function, parts):
+    """Forward and backward for each part; `function(part)` returns (scalar loss Tensor, anything else).
+
+    Returns the losses (0-d arrays) and the rest, two lists. The gradients are added to `.grad` of the leaves in the
+    order of `parts`, not in the order in which the threads finish: the same parts give the same bits.
+    """
+    def run(part):
+        loss, rest = function(part)
+        return loss.data, leaf_gradients(loss), rest
+
+    losses, gradients, rests = zip(*in_threads(run, parts))
+    for leaves in gradients:
+        accumulate(leaves)
+    return list(losses), list(rests)
+
+
+# %% 6. The proof
+# A derivative is a limit, and the limit can be tried: (f(x + eps) - f(x - eps)) / (2 eps) differs from f'(x) by
+# eps^2 f'''/6 and by rounding, about 1e-16 |f| / eps. In float64 with eps = 1e-5 both are near 1e-10, so a gradient
+# with a wrong sign, factor or index cannot hide; in float32 it could, which is why float32 is refused.
+
+class GradientError(AssertionError):
+    """backward() and finite differences disagree."""
+
+
+def check_gradients(f, inputs, eps=1e-5, rtol=1e-6, atol=1e-7, samples=None, seed=0):
+    """Compare backward() with central differences, element by element.
+
+    f         function of the inputs that returns a Tensor of any shape; it must be deterministic. The check is made
+              on a randomly weighted sum of its elements, in which errors do not cancel
+    inputs    float64 Tensors with requires_grad: a list, or a dict of name -> Tensor (the names are for messages)
+    samples   check that many elements of each input, chosen by `seed`, instead of all
+
+    Returns the largest difference found. Raises GradientError with the worst element where a difference exceeds
+    atol + rtol * |value|, and TypeError where an input is not float64 or does not require a gradient.
+    """
+    named = inputs if isinstance(inputs, dict) else {f"input {i}": tensor for i, tensor in enumerate(inputs)}
+    tensors = list(named.values())
+    for name, tensor in named.items():
+        if tensor.dtype != numpy.float64 or not tensor.requires_grad:
+            raise TypeError(f"check_gradients: {name} must be float64 with requires_grad, is {tensor.dtype}")
+    rng = numpy.random.default_rng(seed)
+    weights = None
+
+    def value():
+        nonlocal weights
+        y = f(*tensors)
+        if weights is None:
+            weights = xp.asarray(rng.normal(size=y.shape))
+        return sum(y * weights)
+
+    for tensor in tensors:
+        tensor.grad = None
+    value().backward()
+
+    largest, worst = 0.0, None
+    for name, tensor in named.items():
+        by_backward = numpy.zeros(tensor.shape) if tensor.grad is None else to_numpy(tensor.grad)
+        places = list(numpy.ndindex(tensor.shape))
+        if samples is not None and samples < len(places):
+            places = [places[i] for i in rng.choice(len(places), samples, replace=False)]
+        for place in places:
+            here = tensor.data[place].item()
+            with no_grad():
+                tensor.data[place] = here + eps
+                above = value().item()
+                tensor.data[place] = here - eps
+                below = value().item()
+            tensor.data[place] = here
+            numeric, analytic = (above - below) / (2 * eps), by_backward[place].item()
+            difference = abs(numeric - analytic)
+            largest = difference if difference > largest else largest
+            excess = difference - (atol + rtol * abs(numeric))
+            if not excess <= 0 and (worst is None or not excess <= worst[0]):      # "not <=" catches NaN too
+                worst = excess, name, place, analytic, numeric
+    if worst is not None:
+        _, name, place, analytic, numeric = worst
+        raise GradientError(f"check_gradients: d/d({name}){list(place)}: backward() says {analytic:.10g}, "
+                            f"finite differences say {numeric:.10g}")
+    return largest
