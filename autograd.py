@@ -525,7 +525,7 @@ def max(a, axis=None, keepdims=False):
 def matmul(a, b):
     """a @ b as NumPy defines it: matrices, stacks of matrices (leading axes broadcast), vectors."""
     x, y = arrays(a, b)
-    if x.ndim == 0 or y.ndim == 0:
+    if not (getattr(x, "ndim", 0) and getattr(y, "ndim", 0)):
         raise ValueError("a number has no matrix product; use *")
     if x.ndim == 1:                                         # a vector on the left is a row, on the right a column
         return index(matmul(reshape(a, (1, -1)), b), (..., 0) if y.ndim == 1 else (..., 0, slice(None)))

@@ -503,10 +503,15 @@ def train(args):
     adam = Adam(model.parameters(), betas=(0.9, 0.99), weight_decay=0.1, clip=1.0)
     parts = row_parts(batch_size, 1 if args.device == "gpu" else args.threads)
     memories = [None] * len(parts)
-    step, best, log, seconds = 0, math.inf, [], 0.0
+    step, best, log, before, loss_sum, loss_steps, norm = 0, math.inf, [], 0.0, 0.0, 0, 0.0
     if meta:
-        step, best, log, seconds = meta["step"], meta["best"], meta["log"], meta["seconds"]
-        best = math.inf if best is None else best
+        step, log, before = meta["step"], meta["log"], meta["seconds"]
+        best = math.inf if meta["best"] is None else meta["best"]
+        loss_sum, loss_steps = xp.asarray(meta["loss_sum"], dtype=model.dtype), meta["loss_steps"]
+        norm = meta["grad_norm"]
+        if step > steps or step == steps and log and log[-1][0] == step:
+            print(f"the run in {args.out} is at step {step} already; --steps N with a larger N trains on")
+            return 0
         adam.t = step
         adam.m[...], adam.v[...] = xp.asarray(arrays["adam/m"]), xp.asarray(arrays["adam/v"])
         if "memory/0" in arrays:
@@ -519,83 +524,92 @@ def train(args):
     except OSError as error:
         raise Failure(f"cannot write to {args.out}: {error.strerror}; name another directory with --out DIR")
 
-    screen, stop = Screen(), Stop()
     about = {"model": dataclasses.asdict(model.config), "settings": settings, "corpus": corpus, "vocabulary": vocabulary}
 
-    def checkpoint(name, state):
+    def checkpoint(name, meta, arrays):
         try:
-            save(args.out / name, {**about, "step": step, "best": best if best < math.inf else None, **state[0]}, state[1])
+            save(args.out / name, {**about, "step": step, **meta}, arrays)
         except OSError as error:
             raise Failure(f"cannot write {args.out / name}: {error.strerror}; the one before it is intact")
 
-    def full_state():
+    def save_all():
+        """Everything the next step depends on. (Random numbers and the place in the text follow from the step.)"""
         memory = {} if memories[0] is None else {
             f"memory/{i}": xp.concatenate([memory[i] for memory in memories]) for i in range(model.config.n_layer)}
-        return ({"log": log, "seconds": seconds},
-                {**parameter_arrays(model), **memory, "adam/m": adam.m, "adam/v": adam.v})
+        checkpoint("checkpoint.npz", {"best": best if best < math.inf else None, "log": log, "seconds": seconds(),
+                                      "loss_sum": float(loss_sum), "loss_steps": loss_steps, "grad_norm": float(norm)},
+                   {**parameter_arrays(model), **memory, "adam/m": adam.m, "adam/v": adam.v})
 
-    size = adam.value.size
+    def rate(step):
+        return warmup_cosine(step, steps, lr, warmup=min(100, steps // 10), final=lr / 10)
+
+    def seconds():
+        return before + time.perf_counter() - began
+
+    screen, stop = Screen(), Stop()
     screen.line(f"corpus: {corpus['name']}, {corpus['characters']:,} characters, {len(vocabulary)} different")
-    screen.line(f"model: {size:,} parameters; {batch_size} x {seq_len} characters a step, memory {settings['mem_len']}; "
-                f"run in {args.out}" + (f", resumed at step {step}" if step else ""))
-    began, began_step, since, since_step, loss_sum = time.perf_counter(), step, time.perf_counter(), step, 0.0
-    while step < steps and not stop:
+    screen.line(f"model: {adam.value.size:,} parameters; {batch_size} x {seq_len} characters a step, memory "
+                f"{settings['mem_len']}; run in {args.out}" + (f", resumed at step {step}" if step else ""))
+    began, began_step = time.perf_counter(), step
+    since, since_step = began, step
+    while not stop:
+        due = step > 0 and (step % settings["eval_every"] == 0 or step == steps)
+        if (due or step > 0 and step % settings["log_every"] == 0) and not (log and log[-1][0] == step):
+            mean_loss, grad_norm = float(loss_sum) / loss_steps, float(norm)
+            if not math.isfinite(mean_loss) or not math.isfinite(grad_norm):
+                raise Failure(f"the loss or its gradient is not finite at step {step}: start again with a lower --lr "
+                              f"than {lr:g}; {args.out / 'checkpoint.npz'}, if it exists, is the last good state")
+            speed = (step - since_step) * batch_size * seq_len / (time.perf_counter() - since)
+            val_loss = None
+            if due:
+                val_loss = evaluate(model, val_tokens, batch_size, seq_len, eval_mem_len, len(parts), lambda: bool(stop))
+                if val_loss is None:
+                    break                   # stopped while evaluating; the resumed run begins with this evaluation
+            loss_sum, loss_steps = 0.0, 0
+            left = (time.perf_counter() - began) / (step - began_step or 1) * (steps - step)
+            log.append([step, round(mean_loss, 6), val_loss and round(val_loss, 6), rate(step - 1), round(grad_norm, 6),
+                        round(speed, 1), round(seconds(), 2)])
+            screen.line(f"step {step:5}/{steps}  loss {mean_loss:.4f}" + (f"  val {val_loss:.4f}" if due else "")
+                        + f"  lr {rate(step - 1):.2e}  norm {grad_norm:.2f}  {speed:,.0f} tokens/s  {clock(left)} left", keep=due)
+            write_log(args.out / "log.csv", log)
+            if due:
+                if val_loss < best:
+                    best = val_loss
+                    checkpoint("best.npz", {"val_loss": val_loss}, parameter_arrays(model))
+                save_all()
+                if step < steps and not stop:
+                    sample = generate(model, encode(vocabulary[:1], vocabulary), 160, 0.8, mem_len=eval_mem_len)
+                    screen.line("    " + "".join(vocabulary[t] for t in sample).strip().replace("\n", "\n    "))
+            since, since_step = time.perf_counter(), step
+        if step >= steps:
+            break
+
         tokens, targets, fresh = streams.segment(step)
         if fresh:
             memories = [None] * len(parts)
-        dropping = settings["dropout"] > 0
 
         def part_loss(part):
-            """Loss of some rows of the batch, weighted with their share of it."""
+            """Loss of some rows of the batch, weighted with their share of it, and their new memory."""
             rows, memory = parts[part], memories[part]
-            generator = xp.random.default_rng([settings["seed"], step, part]) if dropping else None
+            generator = xp.random.default_rng([settings["seed"], step, part]) if settings["dropout"] else None
             loss, memory = loss_and_memory(model, tokens[rows], targets[rows], memory, generator)
             return loss * ((rows.stop - rows.start) / batch_size), memory
 
         losses, memories = backward_in_threads(part_loss, range(len(parts)))
-        rate = warmup_cosine(step, steps, lr, warmup=min(100, steps // 10), final=lr / 10)
-        norm = adam.step(rate)
+        norm = adam.step(rate(step))
         adam.zero_grad()
-        step += 1
+        step, loss_steps = step + 1, loss_steps + 1
         for loss in losses:
             loss_sum = loss_sum + loss
 
-        due = step % settings["eval_every"] == 0 or step == steps
-        if not (due or stop or step % settings["log_every"] == 0):
-            continue
-        mean_loss, now = float(loss_sum) / (step - since_step), time.perf_counter()
-        speed = (step - since_step) * batch_size * seq_len / (now - since)
-        if not math.isfinite(mean_loss) or not math.isfinite(float(norm)):
-            raise Failure(f"the loss or its gradient is not finite at step {step}: start again with a lower --lr than "
-                          f"{lr:g}; {args.out / 'checkpoint.npz'} is the last good state, if it was reached")
-        seconds += now - since
-        val_loss = evaluate(model, val_tokens, batch_size, seq_len, eval_mem_len, args.threads if args.device == "cpu" else 1,
-                            stopped=lambda: bool(stop)) if due and not stop else None
-        left = (time.perf_counter() - began) / (step - began_step) * (steps - step)
-        log.append([step, round(mean_loss, 6), None if val_loss is None else round(val_loss, 6), rate,
-                    round(float(norm), 6), round(speed, 1), round(seconds, 2)])
-        screen.line(f"step {step:5}/{steps}  loss {mean_loss:.4f}" + (f"  val {val_loss:.4f}" if val_loss else "")
-                    + f"  lr {rate:.2e}  norm {float(norm):.2f}  {speed:,.0f} tokens/s  {clock(left)} left", keep=due)
-        write_log(args.out / "log.csv", log)
-        if due:
-            if val_loss is not None and val_loss < best:
-                best = val_loss
-                checkpoint("best.npz", ({"val_loss": val_loss}, parameter_arrays(model)))
-            checkpoint("checkpoint.npz", full_state())
-            if val_loss is not None and not stop and step < steps:
-                sample = generate(model, encode(vocabulary[:1], vocabulary), 160, 0.8, mem_len=eval_mem_len)
-                screen.line("    " + "".join(vocabulary[t] for t in sample).strip().replace("\n", "\n    "))
-        since, since_step, loss_sum = time.perf_counter(), step, 0.0
-
     if stop:
-        checkpoint("checkpoint.npz", full_state())
+        save_all()
         screen.line(f"stopped at step {step}; {args.out / 'checkpoint.npz'} is written: --resume continues")
         return 128 + stop.signal
-    val_loss = log[-1][2] if log else None
-    if val_loss is not None:
-        screen.line(f"validation loss {figures(val_loss)} after {step} steps, {clock(seconds)} of training")
-        if best < val_loss:
-            screen.line(f"best validation loss {figures(best)}: {args.out / 'best.npz'}")
+    val_loss = log[-1][2]
+    screen.line(f"validation loss {figures(val_loss)} after {step} steps, {clock(seconds())}")
+    if best < val_loss:
+        screen.line(f"lowest validation loss {figures(best)}: {args.out / 'best.npz'}")
     screen.line('let it write: python train_shakespeare.py --generate "ROMEO:"'
                 + ("" if args.out == pathlib.Path("runs/shakespeare") else f" --out {args.out}"))
     return 0
@@ -694,6 +708,13 @@ def main(argv=None):
     except (Failure, DeviceError) as failure:
         print(f"train_shakespeare.py: {failure}", file=sys.stderr)
         return getattr(failure, "status", 1)
+    except MemoryError:
+        print("train_shakespeare.py: not enough memory: lower --batch-size, --seq-len, --mem-len or the size of the model",
+              file=sys.stderr)
+        return 1
+    except BrokenPipeError:                     # whoever read the output has closed it: `--generate … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130

@@ -1,0 +1,27 @@
+"""What the tests share: the modules under test on the path, and the device they run on.
+
+    python -m pytest                    everything on the CPU
+    python -m pytest --device gpu       the same on a CUDA GPU, through CuPy
+"""
+import os
+import pathlib
+import sys
+
+for _variable in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"):
+    os.environ.setdefault(_variable, "1")       # many small products: threads inside each cost more than they give
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+import autograd
+
+
+def pytest_addoption(parser):
+    parser.addoption("--device", choices=["cpu", "gpu"], default="cpu", help="run the tests on NumPy or CuPy")
+
+
+def pytest_configure(config):
+    autograd.use_device(config.getoption("--device"))
+
+
+def pytest_report_header(config):
+    return f"device: {config.getoption('--device')}"

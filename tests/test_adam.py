@@ -1,0 +1,99 @@
+"""Adam against its update rule written out by hand, the learning rate, and what training does."""
+import math
+
+import numpy
+import pytest
+
+import txl
+from autograd import Tensor, to_numpy, xp
+
+RNG = numpy.random.default_rng
+
+
+def by_hand(weights, gradients, lr, beta1, beta2, eps, weight_decay, clip, decayed):
+    """The rule of the docstring in plain Python floats, element by element; `gradients` holds a list for each step."""
+    weights, m, v = list(weights), [0.0] * len(weights), [0.0] * len(weights)
+    for t, gradient in enumerate(gradients, start=1):
+        norm = math.sqrt(sum(g * g for g in gradient))
+        for i, g in enumerate(gradient):
+            if clip is not None and norm > clip:
+                g = g * clip / norm
+            m[i] = beta1 * m[i] + (1 - beta1) * g
+            v[i] = beta2 * v[i] + (1 - beta2) * g * g
+            m_hat, v_hat = m[i] / (1 - beta1 ** t), v[i] / (1 - beta2 ** t)
+            weights[i] -= lr * (m_hat / (math.sqrt(v_hat) + eps) + (weight_decay * weights[i] if decayed[i] else 0.0))
+    return weights
+
+
+@pytest.mark.parametrize("weight_decay, clip, eps", [(0.0, None, 1e-8), (0.1, None, 1e-8), (0.0, 1.0, 1e-8), (0.2, 0.5, 0.1),
+                                                     (0.0, 100.0, 1e-3)])
+def test_adam_is_the_rule_written_out_by_hand(weight_decay, clip, eps):
+    rng = RNG(0)
+    shapes = {"layer.W_q": (2, 3), "layer.b": (3,), "embedding": (4, 1), "u": (1, 2)}
+    parameters = {name: Tensor(xp.asarray(rng.normal(size=shape)), requires_grad=True) for name, shape in shapes.items()}
+    start = numpy.concatenate([p.numpy().ravel() for p in parameters.values()])
+    decayed = [name == "layer.W_q" for name, shape in shapes.items() for _ in range(math.prod(shape))]
+    gradients = rng.normal(size=(5, len(start))) * numpy.array([[0.1], [1], [3], [0.01], [1]])
+    adam = txl.Adam(parameters, lr=0.05, betas=(0.8, 0.95), eps=eps, weight_decay=weight_decay, clip=clip)
+    for gradient in gradients:
+        at = 0
+        for p in parameters.values():
+            p.grad = xp.asarray(gradient[at:at + p.size].reshape(p.shape))
+            at += p.size
+        norm = adam.step()
+        assert float(norm) == pytest.approx(numpy.linalg.norm(gradient), rel=1e-12)     # before clipping
+    expected = by_hand(start, gradients.tolist(), 0.05, 0.8, 0.95, eps, weight_decay, clip, decayed)
+    numpy.testing.assert_allclose(numpy.concatenate([p.numpy().ravel() for p in parameters.values()]), expected, rtol=1e-10)
+
+
+def test_the_first_step_has_the_size_of_the_learning_rate_whatever_the_gradient():
+    """That is the bias correction: without it the first step would be (1 - beta1) / sqrt(1 - beta2) of it."""
+    for scale in (1e-3, 1.0, 1e3):
+        w = Tensor(xp.zeros(2), requires_grad=True)
+        w.grad = xp.asarray([scale, -scale])
+        txl.Adam({"w": w}, lr=0.01).step()
+        numpy.testing.assert_allclose(w.numpy(), [-0.01, 0.01], rtol=1e-4)
+
+
+def test_a_parameter_without_gradient_stays_and_the_learning_rate_can_be_given_for_a_step():
+    w, unused = (Tensor(xp.ones(2), requires_grad=True) for _ in range(2))
+    adam = txl.Adam({"w": w, "unused": unused}, lr=0.01)
+    w.grad = xp.ones(2)
+    adam.step(lr=0.5)
+    numpy.testing.assert_allclose(w.numpy(), [0.5, 0.5], rtol=1e-6)
+    assert unused.numpy().tolist() == [1, 1]
+    adam.zero_grad()
+    assert w.grad is None
+
+
+def test_adam_keeps_float32():
+    w = Tensor(xp.ones(3, dtype=xp.float32), requires_grad=True)
+    adam = txl.Adam({"W": w}, weight_decay=0.1, clip=1.0)
+    w.grad = xp.ones(3, dtype=xp.float32)
+    norm = adam.step()
+    assert {w.dtype, adam.m.dtype, adam.v.dtype, norm.dtype} == {numpy.dtype("float32")}
+
+
+def test_warmup_cosine():
+    rate = [txl.warmup_cosine(step, 100, peak=1.0, warmup=10, final=0.1) for step in range(101)]
+    numpy.testing.assert_allclose(rate[:10], numpy.arange(1, 11) / 10)
+    assert rate[10] == 1.0 and rate[55] == pytest.approx(0.55) and rate[100] == pytest.approx(0.1)
+    assert all(a >= b for a, b in zip(rate[10:], rate[11:]))
+    assert txl.warmup_cosine(500, 100, 1.0, 10, 0.1) == pytest.approx(0.1)
+
+
+def test_training_learns_a_text_that_memory_makes_predictable():
+    """A period of 7 read in segments of 3 with a memory of 6: what comes next is in the memory, and the loss vanishes."""
+    config = txl.Config(4, n_layer=2, n_head=2, d_model=16, d_ff=32, mem_len=6)
+    model = txl.TransformerXL(config, seed=1)
+    adam = txl.Adam(model.parameters(), lr=1e-2, clip=1.0)
+    text = numpy.array([0, 0, 1, 0, 0, 2, 3] * 60)
+    memory, losses = None, []
+    for at in range(0, len(text) - 4, 3):
+        tokens, targets = xp.asarray(text[None, at:at + 3]), xp.asarray(text[None, at + 1:at + 4])
+        loss, memory = txl.loss_and_memory(model, tokens, targets, memory)
+        loss.backward()
+        adam.step()
+        adam.zero_grad()
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(math.log(4), rel=0.35) and max(losses[-10:]) < 0.05

@@ -1,0 +1,151 @@
+"""Relative attention against its definition: the shift, the four terms, the mask, the two forms of positions."""
+import dataclasses
+import math
+
+import numpy
+import pytest
+
+import txl
+from autograd import Tensor, softmax, to_numpy, xp
+
+RNG = numpy.random.default_rng
+
+
+# %% The relative shift
+
+@pytest.mark.parametrize("T, M", [(1, 0), (1, 4), (3, 0), (3, 2), (4, 4), (2, 7)])
+def test_relative_shift_is_the_double_loop(T, M):
+    K = M + T
+    x = RNG(0).normal(size=(2, 3, T, K))
+    shifted = txl.rel_shift(Tensor(xp.asarray(x))).numpy()
+    for i in range(T):
+        for j in range(M + i + 1):                      # visible keys
+            distance = M + i - j
+            column = K - 1 - distance                   # where attention puts the score of that distance
+            numpy.testing.assert_array_equal(shifted[:, :, i, j], x[:, :, i, column])
+
+
+def test_relative_shift_on_the_matrix_of_the_text():
+    x = Tensor(xp.asarray([[4, 3, 2, 1, 0]] * 3))
+    assert txl.rel_shift(x).numpy().tolist() == [[2, 1, 0, 0, 4], [3, 2, 1, 0, 0], [4, 3, 2, 1, 0]]
+
+
+# %% The mask
+
+def test_hidden_keys_are_the_future():
+    assert to_numpy(txl.hidden_keys(3, 2)).astype(int).tolist() == [[0, 0, 0, 1, 1], [0, 0, 0, 0, 1], [0, 0, 0, 0, 0]]
+
+
+def test_same_length_shows_every_query_itself_and_mem_len_keys_before():
+    """The first query still sees the oldest memory; every later one loses one key at the far end."""
+    hidden = to_numpy(txl.hidden_keys(3, 4, window=4))
+    assert hidden.astype(int).tolist() == [[0, 0, 0, 0, 0, 1, 1], [1, 0, 0, 0, 0, 0, 1], [1, 1, 0, 0, 0, 0, 0]]
+    assert ((~hidden).sum(axis=1) == 4 + 1).all()
+
+
+# %% Sinusoids
+
+def test_sinusoid_is_the_formula():
+    R = to_numpy(txl.sinusoid(xp.asarray([0, 1, 7, 300]), 6, numpy.float64))
+    for row, x in zip(R, (0, 1, 7, 300)):
+        w = [10000 ** (-2 * n / 6) for n in range(3)]
+        numpy.testing.assert_allclose(row, [math.sin(x * f) for f in w] + [math.cos(x * f) for f in w], rtol=1e-12)
+
+
+# %% The four terms
+
+def attention_by_loops(attention, x, memory, config, clamp_len):
+    """Section 3.3 of the paper as it is written: one score for each query, key and head, each of four terms."""
+    p = {name: tensor.numpy() for name, tensor in txl.named_tensors(attention)}
+    B, T, D = x.shape
+    M, H, d = memory.shape[1], config.n_head, D // config.n_head
+    h = numpy.concatenate([memory, x], axis=1)
+    out = numpy.zeros((B, T, D))
+    for b in range(B):
+        for head in range(H):
+            part = slice(head * d, (head + 1) * d)
+            for i in range(T):
+                scores = []
+                for j in range(M + i + 1):
+                    distance = min(M + i - j, clamp_len)
+                    q = x[b, i] @ p["W_q"][:, part]
+                    k = h[b, j] @ p["W_k"][:, part]
+                    if config.positions == "sinusoid":
+                        R = to_numpy(txl.sinusoid(xp.asarray([distance]), D, numpy.float64))[0]
+                        r = R @ p["W_r"][:, part]
+                        term_d = p["v"][head] @ r
+                    else:
+                        r = p["table"][distance, head]
+                        term_d = p["bias"][distance, head]
+                    term_a, term_b, term_c = q @ k, q @ r, p["u"][head] @ k
+                    scores.append((term_a + term_b + term_c + term_d) / math.sqrt(d))
+                weights = numpy.exp(scores) / numpy.exp(scores).sum()
+                for j, weight in enumerate(weights):
+                    out[b, i, part] += weight * (h[b, j] @ p["W_v"][:, part])
+    return out @ p["W_o"]
+
+
+@pytest.mark.parametrize("positions", ["sinusoid", "learned"])
+@pytest.mark.parametrize("T, M, clamp_len", [(1, 0, 20), (4, 0, 20), (3, 2, 20), (3, 5, 20), (3, 5, 2)])
+def test_attention_is_the_four_terms_as_four_loops(positions, T, M, clamp_len):
+    config = txl.Config(5, n_layer=1, n_head=2, d_model=8, positions=positions, clamp_len=clamp_len)
+    rng = RNG(1)
+    attention = txl.RelativeMultiHeadAttention(config, rng, numpy.float64)
+    for _, tensor in txl.named_tensors(attention):
+        tensor.data[...] = xp.asarray(rng.normal(size=tensor.shape))
+    x, memory = rng.normal(size=(2, T, 8)), rng.normal(size=(2, M, 8))
+    distances = xp.minimum(xp.arange(M + T - 1, -1, -1), clamp_len)
+    ours = attention(Tensor(xp.asarray(x)), Tensor(xp.asarray(memory)), distances, txl.hidden_keys(T, M))
+    numpy.testing.assert_allclose(ours.numpy(), attention_by_loops(attention, x, memory, config, clamp_len), rtol=1e-10)
+
+
+def test_learned_positions_filled_from_the_sinusoids_are_the_sinusoids():
+    """table[distance] = R[distance] W_r and bias[distance] = v . table[distance] give the paper's model exactly."""
+    config = txl.Config(7, n_layer=2, n_head=2, d_model=8, d_ff=16, mem_len=6)
+    paper = txl.TransformerXL(config, seed=1, dtype=numpy.float64)
+    learned = txl.TransformerXL(dataclasses.replace(config, positions="learned", clamp_len=11), dtype=numpy.float64)
+    rng = RNG(2)
+    source, target = paper.parameters(), learned.parameters()
+    for name in source:
+        source[name].data[...] = xp.asarray(rng.normal(size=source[name].shape))
+        if name in target:
+            target[name].data[...] = source[name].data
+    R = txl.sinusoid(xp.arange(12), 8, numpy.float64)
+    for i, layer in enumerate(learned.layers):
+        r = (R @ source[f"layers.{i}.attention.W_r"].data).reshape(12, 2, 4)
+        layer.attention.table.data[...] = r
+        layer.attention.bias.data[...] = (r * source[f"layers.{i}.attention.v"].data).sum(axis=-1)
+    tokens, memory = xp.asarray(rng.integers(7, size=(3, 6))), None
+    for _ in range(3):
+        ours, memory = learned(tokens, memory)
+        if _ == 0:
+            theirs, other = paper(tokens)
+        else:
+            theirs, other = paper(tokens, other)
+        numpy.testing.assert_allclose(ours.numpy(), theirs.numpy(), rtol=1e-9, atol=1e-11)
+
+
+def test_distances_beyond_clamp_len_count_as_clamp_len():
+    """With every distance clamped to 0 the order of the keys behind a query no longer matters."""
+    config = txl.Config(9, n_layer=1, n_head=2, d_model=8, d_ff=8, clamp_len=0)
+    rng = RNG(3)
+    tokens = rng.permutation(9)[None, :6]
+    shuffled = tokens[:, [3, 1, 4, 0, 2, 5]]
+    for clamp_len, alike in [(0, True), (2, False), (None, False)]:
+        model = txl.TransformerXL(dataclasses.replace(config, clamp_len=clamp_len), seed=4, dtype=numpy.float64)
+        last = [model(xp.asarray(t))[0].numpy()[0, -1] for t in (tokens, shuffled)]
+        assert numpy.allclose(*last, rtol=1e-10) == alike
+
+
+def test_attention_weights_are_scaled_by_the_square_root_of_the_head_width():
+    """One head of width 4, scores q . k alone: the weights are softmax(q . k / 2)."""
+    config = txl.Config(5, n_layer=1, n_head=1, d_model=4)
+    rng = RNG(5)
+    attention = txl.RelativeMultiHeadAttention(config, rng, numpy.float64)
+    eye = numpy.eye(4)
+    for name, tensor in txl.named_tensors(attention):
+        tensor.data[...] = xp.asarray(eye) if name in ("W_q", "W_k", "W_v", "W_o") else 0
+    x = rng.normal(size=(1, 3, 4))
+    out = attention(Tensor(xp.asarray(x)), Tensor(xp.zeros((1, 0, 4))), xp.asarray([2, 1, 0]), txl.hidden_keys(3, 0))
+    weights = softmax(Tensor(xp.asarray(x[0, 2] @ x[0].T / 2))).numpy()
+    numpy.testing.assert_allclose(out.numpy()[0, 2], weights @ x[0], rtol=1e-12)

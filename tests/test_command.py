@@ -1,0 +1,251 @@
+"""The command as a process, on a small text: what it prints, writes and returns."""
+import csv
+import json
+import math
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy
+import pytest
+
+SCRIPT = pathlib.Path(__file__).resolve().parents[1] / "train_shakespeare.py"
+TEXT = "".join(f"Citizen {n % 7}:\nSpeak, speak; we are all resolved.\n\n" for n in range(80))
+SMALL = ["--n-layer", "1", "--n-head", "2", "--d-model", "16", "--d-ff", "16", "--seq-len", "16", "--mem-len", "16",
+         "--batch-size", "4", "--threads", "2", "--log-every", "5", "--eval-every", "10", "--lr", "1e-2"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("command")
+    (folder / "text").write_text(TEXT)
+    return folder
+
+
+def run(folder, *arguments, status=0, **options):
+    """The finished process of the command in `folder`; its exit status must be `status`."""
+    done = subprocess.run([sys.executable, str(SCRIPT), *map(str, arguments)], cwd=folder, capture_output=True, text=True,
+                          timeout=60, **options)
+    assert done.returncode == status, done.stdout + done.stderr
+    if status:
+        assert len(done.stderr.splitlines()) == 1 and "Traceback" not in done.stderr, done.stderr
+    return done
+
+
+def trained(folder, name, steps, *more, status=0):
+    return run(folder, "--data", "text", "--out", name, "--steps", steps, *SMALL, *more, status=status)
+
+
+@pytest.fixture(scope="module")
+def finished(folder):
+    """A run of 30 steps: its directory and what it printed."""
+    return folder / "run", trained(folder, "run", 30).stdout
+
+
+def arrays(path):
+    with numpy.load(path, allow_pickle=False) as file:
+        return {name: file[name] for name in file.files}
+
+
+# %% Training
+
+def test_it_says_which_corpus_logs_every_few_steps_and_ends_with_three_figures(finished):
+    _, out = finished
+    assert f"corpus: text, {len(TEXT):,} characters, {len(set(TEXT))} different" in out
+    for step in (5, 10, 15, 20, 25, 30):
+        assert re.search(rf"^step +{step}/30  loss \d\.\d+ .* lr \d.*norm \d.*tokens/s.*left$", out, re.M), step
+    assert len(re.findall(r"  val \d\.\d+", out)) == 3
+    nats, bits, perplexity = map(float, re.search(
+        r"validation loss (\S+) nats, (\S+) bits per character, perplexity (\S+) after 30 steps", out).groups())
+    assert bits == pytest.approx(nats / math.log(2), abs=1e-3) and perplexity == pytest.approx(math.exp(nats), rel=1e-3)
+    assert nats < 2.8 < math.log(len(set(TEXT)))
+    assert "\r" not in out and "\x1b" not in out
+
+
+def test_it_leaves_a_log_the_configuration_and_two_checkpoints(finished):
+    path, _ = finished
+    assert sorted(file.name for file in path.iterdir()) == ["best.npz", "checkpoint.npz", "config.json", "log.csv"]
+    with open(path / "log.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows] == [5, 10, 15, 20, 25, 30]
+    assert [bool(row["val_loss"]) for row in rows] == [False, True] * 3
+    assert float(rows[-1]["loss"]) < float(rows[0]["loss"])
+    config = json.loads((path / "config.json").read_text())
+    assert config["model"]["d_model"] == 16 and config["settings"]["steps"] == 30 and config["corpus"]["name"] == "text"
+    state = arrays(path / "checkpoint.npz")
+    assert {"adam/m", "adam/v", "memory/0", "parameters/embedding"} <= set(state)
+    assert json.loads(state["meta"].item())["step"] == 30
+
+
+def test_a_run_is_not_overwritten_unless_asked(folder, finished):
+    before = (folder / "run" / "checkpoint.npz").read_bytes()
+    assert "--resume" in trained(folder, "run", 5, status=2).stderr
+    assert (folder / "run" / "checkpoint.npz").read_bytes() == before
+    trained(folder, "again", 5)
+    trained(folder, "again", 5, "--overwrite")
+
+
+@pytest.mark.parametrize("options", [[], ["--positions", "learned", "--dropout", "0.2"]], ids=["sinusoid", "learned, dropout"])
+def test_an_interrupted_run_resumed_ends_with_the_bits_of_an_uninterrupted_one(folder, options):
+    name = f"resumed{len(options)}"
+    trained(folder, name + "-whole", 60, *options)
+    process = subprocess.Popen([sys.executable, str(SCRIPT), "--data", "text", "--out", name, "--steps", "60", *SMALL, *options],
+                               cwd=folder, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step    15"):
+            process.send_signal(signal.SIGINT)
+            break
+    rest = process.stdout.read()
+    assert process.wait(timeout=20) == 130 and "--resume continues" in rest
+    stopped = json.loads(arrays(folder / name / "checkpoint.npz")["meta"].item())["step"]
+    assert 15 <= stopped < 60
+    run(folder, "--data", "text", "--out", name, "--resume")
+    whole, resumed = (arrays(folder / path / "checkpoint.npz") for path in (name + "-whole", name))
+    metas = [json.loads(state.pop("meta").item()) for state in (whole, resumed)]
+    assert whole.keys() == resumed.keys()
+    for key in whole:
+        numpy.testing.assert_array_equal(whole[key], resumed[key], err_msg=key)
+    assert metas[0]["best"] == metas[1]["best"] and metas[0]["step"] == metas[1]["step"] == 60
+    logs = [[row[:5] for row in meta["log"]] for meta in metas]            # all but tokens/s and seconds
+    assert logs[0] == logs[1]
+
+
+def test_sigterm_writes_the_checkpoint_and_ends_with_143(folder):
+    process = subprocess.Popen([sys.executable, str(SCRIPT), "--data", "text", "--out", "term", "--steps", "100000", *SMALL],
+                               cwd=folder, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step     5"):
+            break
+    began = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    process.stdout.read()
+    assert process.wait(timeout=20) == 143 and time.monotonic() - began < 2
+    assert (folder / "term" / "checkpoint.npz").exists()
+
+
+def test_resume_refuses_what_would_make_another_run(folder, finished):
+    assert "--d-model 16, not 32" in run(folder, "--data", "text", "--out", "run", "--resume", "--d-model", "32",
+                                         status=2).stderr
+    (folder / "other").write_text(TEXT + "more")
+    assert "reads text" in run(folder, "--data", "other", "--out", "run", "--resume", status=2).stderr
+    assert "nothing to resume" in run(folder, "--data", "text", "--out", "nowhere", "--resume", status=1).stderr
+
+
+def test_resume_may_train_longer(folder):
+    trained(folder, "longer", 10)
+    out = run(folder, "--data", "text", "--out", "longer", "--resume", "--steps", "15", "--threads", "1").stdout
+    assert "resumed at step 10" in out and "step    15/15" in out
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_does_not(folder):
+    for name, seed in (("seed-a", 5), ("seed-b", 5), ("seed-c", 6)):
+        trained(folder, name, 5, "--seed", seed, "--dropout", "0.1")
+    a, b, c = (arrays(folder / f"seed-{x}" / "checkpoint.npz")["parameters/embedding"] for x in "abc")
+    assert (a == b).all() and (a != c).any()
+
+
+# %% A trained model
+
+def test_eval_gives_the_loss_of_the_best_checkpoint(folder, finished):
+    _, out = finished
+    best = min(float(value) for value in re.findall(r"  val (\d\.\d+)", out))
+    answer = run(folder, "--data", "text", "--out", "run", "--eval").stdout
+    assert float(re.search(r"memory 16: (\S+) nats", answer)[1]) == pytest.approx(best, abs=2e-4)
+    longer = run(folder, "--data", "text", "--out", "run", "--eval", "--eval-mem-len", "32").stdout
+    assert "memory 32: " in longer
+
+
+def test_generate_continues_the_text_and_repeats_with_the_seed(folder, finished):
+    def text(*options):
+        return run(folder, "--out", "run", "--generate", "Citizen", "--length", "60", *options).stdout
+    first = text("--seed", "3")
+    assert first.startswith("Citizen") and len(first) == 7 + 60 + 1
+    assert first == text("--seed", "3") != text("--seed", "4")
+    assert text("--temperature", "0") == text("--top-k", "1") == text("--top-p", "1e-9")
+
+
+def test_generate_lists_characters_the_model_never_saw(folder, finished):
+    assert "never saw '#', 'é'" in run(folder, "--out", "run", "--generate", "Cit#é", status=2).stderr
+
+
+def test_plot_draws_the_curve_or_says_that_matplotlib_is_missing(folder, finished):
+    environment = dict(os.environ, PYTHONPATH=str(folder / "without"))
+    (folder / "without").mkdir()
+    (folder / "without" / "matplotlib.py").write_text("raise ImportError")
+    assert "pip install matplotlib" in run(folder, "--out", "run", "--plot", env=environment, status=1).stderr
+    try:
+        import matplotlib
+    except ImportError:
+        return          # the sentence above is then all there is to test
+    run(folder, "--out", "run", "--plot")
+    assert (folder / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    (folder / "run" / "loss.png").unlink()
+
+
+# %% What goes wrong is said in one line
+
+@pytest.mark.parametrize("arguments, status, message", [
+    (["--steps", "0"], 2, "--steps: 0 is out of range: at least 1"),
+    (["--steps", "-5"], 2, "--steps"),
+    (["--batch-size", "many"], 2, "'many' is not a whole number"),
+    (["--lr", "nan"], 2, "--lr"),
+    (["--lr", "inf"], 2, "--lr"),
+    (["--dropout", "1"], 2, "--dropout: 1 is out of range"),
+    (["--n-head", "3"], 2, "d-model must be a multiple"),
+    (["--device", "tpu"], 2, "--device"),
+    (["--unknown"], 2, "unrecognized arguments: --unknown"),
+    (["--resume", "--eval"], 2, "not allowed with"),
+    (["--seq-len", "100000"], 1, "lower --batch-size or --seq-len"),
+    (["--data", "nowhere"], 1, "cannot read nowhere: No such file"),
+    (["--data", "."], 1, "is a directory"),
+    (["--data", "single"], 1, "single symbol"),
+    (["--out", "text"], 1, "cannot write to text"),
+    (["--out", "empty", "--eval"], 1, "no checkpoint in empty"),
+    (["--out", "empty", "--plot"], 1, "cannot read empty/log.csv"),
+    (["--out", "garbage", "--eval"], 1, "is not a checkpoint of this program"),
+    (["--out", "garbage", "--generate", ""], 1, "is not a checkpoint of this program"),
+])
+def test_bad_input_gets_one_line_that_names_it(folder, arguments, status, message):
+    (folder / "single").write_text("a" * 5000)
+    (folder / "garbage").mkdir(exist_ok=True)
+    (folder / "garbage" / "checkpoint.npz").write_bytes(b"PK\x03\x04 not really")
+    data = [] if "--data" in arguments else ["--data", "text"]
+    small = [] if {"--eval", "--plot", "--generate"} & set(arguments) else SMALL + ["--steps", "2"]
+    out = [] if "--out" in arguments else ["--out", "unused"]
+    assert message in run(folder, *small, *data, *out, *arguments, status=status).stderr
+    assert not (folder / "unused").exists()
+
+
+def test_a_machine_without_a_gpu_gets_one_sentence(folder):
+    (folder / "no-cupy").mkdir(exist_ok=True)
+    (folder / "no-cupy" / "cupy.py").write_text("raise ImportError")
+    environment = dict(os.environ, PYTHONPATH=str(folder / "no-cupy"))
+    answer = run(folder, "--device", "gpu", "--data", "text", "--out", "unused", env=environment, status=1).stderr
+    assert "pip install" in answer and "cupy-cuda13x" in answer
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(folder):
+    trained(folder, "diverged", 10)
+    before = (folder / "diverged" / "checkpoint.npz").read_bytes()
+    state = arrays(folder / "diverged" / "checkpoint.npz")
+    state["adam/v"][...] = -1.0                                           # the next update takes the root of it
+    with open(folder / "diverged" / "checkpoint.npz", "wb") as file:
+        numpy.savez(file, **state)
+    before = (folder / "diverged" / "checkpoint.npz").read_bytes()
+    answer = run(folder, "--data", "text", "--out", "diverged", "--resume", "--steps", "30", status=1, env={
+        **os.environ, "PYTHONWARNINGS": "ignore"}).stderr
+    assert "not finite at step 15" in answer and "lower --lr" in answer
+    assert (folder / "diverged" / "checkpoint.npz").read_bytes() == before
+
+
+def test_help_shows_every_option_with_its_default(folder):
+    out = run(folder, "--help").stdout
+    for option in ("--device", "--data", "--out", "--resume", "--steps", "--batch-size", "--seq-len", "--mem-len",
+                   "--eval-mem-len", "--n-layer", "--n-head", "--d-model", "--d-ff", "--dropout", "--lr", "--seed", "--threads",
+                   "--eval", "--generate", "--length", "--temperature", "--top-k", "--top-p", "--plot"):
+        assert option in out
+    assert "default: 64" in out and "default: 0.003" in out

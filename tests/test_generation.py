@@ -1,0 +1,74 @@
+"""Generation: the same distribution as one long pass, and sampling that does what its options say."""
+import numpy
+import pytest
+
+import txl
+from autograd import to_numpy, xp
+
+RNG = numpy.random.default_rng
+
+
+@pytest.fixture(scope="module")
+def model():
+    return txl.TransformerXL(txl.Config(9, n_layer=2, n_head=2, d_model=8, d_ff=16, mem_len=40), seed=3, dtype=numpy.float64)
+
+
+def test_greedy_generation_is_the_argmax_of_one_pass_over_everything_before(model):
+    text = [1, 2, 3]
+    for token in txl.generate(model, [1, 2, 3], 20, temperature=0):
+        assert token == model(xp.asarray([text]))[0].numpy()[0, -1].argmax()
+        text.append(token)
+
+
+def test_a_prompt_longer_than_the_memory_is_read_to_its_end(model):
+    prompt = RNG(0).integers(9, size=23).tolist()
+    short = list(txl.generate(model, prompt, 3, temperature=0, mem_len=5))
+    memory = None
+    for at in range(0, 23, 5):
+        logits, memory = model(xp.asarray([prompt[at:at + 5]]), memory, mem_len=5)
+    assert short[0] == logits.numpy()[0, -1].argmax()
+    assert len(list(txl.generate(model, prompt, 3, mem_len=0))) == 3
+
+
+def test_a_seed_repeats_the_text_and_another_seed_does_not(model):
+    texts = [list(txl.generate(model, [0], 30, rng=RNG(seed))) for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+    assert list(txl.generate(model, [0], 30)) == list(txl.generate(model, [0], 30))
+
+
+def test_an_empty_prompt_is_an_error(model):
+    with pytest.raises(ValueError, match="non-empty"):
+        next(txl.generate(model, [], 3))
+
+
+def test_the_graph_is_recorded_for_the_caller_between_two_tokens(model):
+    stream = txl.generate(model, [1], 3)
+    next(stream)
+    assert model(xp.asarray([[1]]))[0].requires_grad
+
+
+LOGITS = numpy.log(numpy.array([0.1, 0.4, 0.2, 0.3]))
+
+
+def frequencies(**options):
+    options = {**dict(temperature=1.0, top_k=None, top_p=None), **options}
+    rng = RNG(0)
+    draws = [txl.sample(LOGITS, rng=rng, **options) for _ in range(4000)]
+    return numpy.bincount(draws, minlength=4) / 4000
+
+
+@pytest.mark.parametrize("options, expected", [
+    ({}, [0.1, 0.4, 0.2, 0.3]),
+    ({"temperature": 0}, [0, 1, 0, 0]),
+    ({"temperature": 0.5}, numpy.array([0.01, 0.16, 0.04, 0.09]) / 0.30),
+    ({"temperature": 1e-6}, [0, 1, 0, 0]),
+    ({"top_k": 2}, [0, 4 / 7, 0, 3 / 7]),
+    ({"top_k": 1}, [0, 1, 0, 0]),
+    ({"top_k": 99}, [0.1, 0.4, 0.2, 0.3]),
+    ({"top_p": 0.8}, [0, 4 / 9, 2 / 9, 3 / 9]),
+    ({"top_p": 0.3}, [0, 1, 0, 0]),
+    ({"top_p": 1.0}, [0.1, 0.4, 0.2, 0.3]),
+    ({"top_k": 3, "top_p": 0.6}, [0, 4 / 7, 0, 3 / 7]),
+], ids=str)
+def test_sampling(options, expected):
+    numpy.testing.assert_allclose(frequencies(**options), expected, atol=0.03)

@@ -1,0 +1,310 @@
+"""The engine: what a Tensor is, how the graph is built, walked and released, and what its errors say."""
+import gc
+import threading
+import weakref
+
+import numpy
+import pytest
+
+import autograd
+from autograd import Tensor, no_grad, stop_gradient, to_numpy, xp
+
+
+def leaf(values, dtype=numpy.float64):
+    return Tensor(xp.asarray(values, dtype=dtype), requires_grad=True)
+
+
+# %% Values and dtypes
+
+def test_results_are_numpys():
+    a, b = numpy.array([[1.0, -2.0], [3.0, 0.5]]), numpy.array([2.0, 4.0])
+    x, y = Tensor(xp.asarray(a)), Tensor(xp.asarray(b))
+    for ours, expected in [(x + y, a + b), (x - y, a - b), (y - x, b - a), (x * y, a * b), (x / y, a / b), (y / x, b / a),
+                           (y ** x, b ** a), (x @ y, a @ b), (x @ x, a @ a), (-x, -a), (2 - x, 2 - a), (1 / x, 1 / a),
+                           (x ** 2, a ** 2), (2 ** x, 2 ** a), (x[0], a[0]), (x[:, 1], a[:, 1]), (x.T, a.T),
+                           (x.sum(), a.sum()), (x.mean(axis=0), a.mean(axis=0)), (x.max(axis=-1), a.max(axis=-1)),
+                           (x.reshape(4), a.reshape(4)), (x.swapaxes(0, 1), a.T), (autograd.relu(x), numpy.maximum(a, 0)),
+                           (autograd.sigmoid(x), 1 / (1 + numpy.exp(-a))), (autograd.log(y), numpy.log(b)),
+                           (autograd.softmax(x), numpy.exp(a) / numpy.exp(a).sum(-1, keepdims=True))]:
+        numpy.testing.assert_allclose(ours.numpy(), expected, rtol=1e-12)
+
+
+def test_an_array_on_the_left_of_an_operator_leaves_the_work_to_the_tensor():
+    x = leaf([1.0, 2.0])
+    for y in (xp.ones(2) + x, xp.ones(2) - x, xp.ones(2) * x, xp.ones(2) / x, xp.ones((2, 2)) @ x):
+        assert isinstance(y, Tensor) and y.requires_grad and y.dtype == numpy.float64
+
+
+@pytest.mark.parametrize("dtype", [numpy.float32, numpy.float64])
+def test_a_float_dtype_survives_numbers_and_integers(dtype):
+    x = leaf([1.0, 2.0], dtype)
+    for y in (x + 1, 1 + x, x * 0.5, 2.0 / x, x ** 2, 2 ** x, x - numpy.float64(0.1), x * numpy.float32(0.1), x + True,
+              x * xp.asarray([1, 2]), xp.asarray([1, 2]) * x, x * Tensor(xp.asarray([3, 4])), x.mean(), x.sum() * 2.0,
+              autograd.softmax(x), autograd.softmax(x, xp.asarray([True, False])), autograd.gelu(x),
+              autograd.dropout(x, 0.5, xp.random.default_rng(0)), autograd.where(xp.asarray([True, False]), x, 0.0)):
+        y.backward(xp.ones_like(y.data))
+        assert y.dtype == dtype and x.grad.dtype == dtype
+        x.grad = None
+
+
+def test_integers_compute_as_in_numpy():
+    x = Tensor([1, 2, 3])
+    assert (x + 1).dtype.kind == "i" and (x / 2).dtype == numpy.float64
+    assert (x * 2).numpy().tolist() == [2, 4, 6]
+
+
+def test_float32_and_float64_do_not_mix():
+    with pytest.raises(TypeError, match=r"multiply\(float32\[2\], float64\[2\]\).*astype"):
+        leaf([1, 2], numpy.float32) * leaf([1, 2], numpy.float64)
+
+
+def test_softmax_sigmoid_and_cross_entropy_are_stable():
+    x = leaf([[1e4, -1e4, 0.0], [-1e4, -1e4, -1e4]], numpy.float32)
+    with numpy.errstate(all="raise", under="ignore"):
+        loss = autograd.cross_entropy(x, xp.asarray([1, 0]))
+        loss.backward()
+        y = autograd.sigmoid(x * 1.0)
+    assert loss.item() == pytest.approx((2e4 + numpy.log(3)) / 2, rel=1e-6)
+    assert numpy.isfinite(to_numpy(x.grad)).all() and numpy.isfinite(y.numpy()).all()
+    numpy.testing.assert_allclose(autograd.softmax(x).numpy(), [[1, 0, 0], [1 / 3, 1 / 3, 1 / 3]], rtol=1e-6)
+
+
+def test_softmax_gives_hidden_keys_no_weight_and_a_hidden_row_zeros():
+    mask = xp.asarray([[False, True, False], [True, True, True]])
+    y = autograd.softmax(leaf([[1.0, 50.0, 1.0], [1.0, 2.0, 3.0]]), mask)
+    numpy.testing.assert_allclose(y.numpy(), [[0.5, 0, 0.5], [0, 0, 0]])
+
+
+def test_dropout_drops_about_p_keeps_the_expectation_and_repeats_with_its_seed():
+    x = leaf(numpy.ones((200, 200)))
+    y = autograd.dropout(x, 0.3, xp.random.default_rng(1)).numpy()
+    assert abs((y == 0).mean() - 0.3) < 0.01 and abs(y.mean() - 1) < 0.02
+    numpy.testing.assert_allclose(numpy.unique(y), [0, 1 / 0.7])
+    numpy.testing.assert_array_equal(y, autograd.dropout(x, 0.3, xp.random.default_rng(1)).numpy())
+
+
+def test_layer_norm_gives_every_row_mean_zero_and_variance_one():
+    x = Tensor(xp.asarray(numpy.random.default_rng(0).normal(3, 5, size=(4, 50))))
+    y = autograd.layer_norm(x, xp.ones(50), xp.zeros(50)).numpy()
+    numpy.testing.assert_allclose(y.mean(-1), 0, atol=1e-12)
+    numpy.testing.assert_allclose(y.var(-1), 1, rtol=1e-5)
+
+
+def test_gelu_is_x_times_the_normal_distribution_function():
+    from math import erf, sqrt
+    x = numpy.linspace(-4, 4, 41)
+    expected = [v * (1 + erf(v / sqrt(2))) / 2 for v in x]
+    numpy.testing.assert_allclose(autograd.gelu(Tensor(xp.asarray(x))).numpy(), expected, atol=1e-3)
+
+
+# %% The graph
+
+def test_backward_by_hand():
+    x, w = leaf([1.0, 2.0]), leaf([3.0, -1.0])
+    (x * w + x).sum().backward()
+    assert to_numpy(x.grad).tolist() == [4.0, 0.0] and to_numpy(w.grad).tolist() == [1.0, 2.0]
+
+
+def test_a_value_used_on_several_paths_gets_the_sum():
+    x = leaf(2.0)
+    y = x * x
+    (y * y + y).backward()                          # x^4 + x^2
+    assert x.grad.item() == 4 * 8 + 2 * 2
+
+
+def test_gradients_accumulate_over_calls():
+    x = leaf([1.0, 2.0])
+    (x * 3).sum().backward()
+    (x * 4).sum().backward()
+    assert to_numpy(x.grad).tolist() == [7.0, 7.0]
+
+
+def test_gradients_share_memory_with_nothing():
+    x, y = leaf([1.0, 2.0]), leaf([3.0, 4.0])
+    start = xp.ones(2)
+    z = x + y
+    z.backward(start)
+    x.grad += 5
+    assert to_numpy(y.grad).tolist() == [1.0, 1.0] and to_numpy(start).tolist() == [1.0, 1.0]
+    before = x.grad
+    (x * 2).sum().backward()
+    assert to_numpy(before).tolist() == [6.0, 6.0] and to_numpy(x.grad).tolist() == [8.0, 8.0]
+
+
+def test_intermediate_values_keep_no_gradient_and_constants_get_none():
+    x, c = leaf([1.0]), Tensor([2.0])
+    y = x * c
+    y.sum().backward()
+    assert y.grad is None and c.grad is None and x.grad is not None
+
+
+def test_a_second_backward_is_a_clear_error():
+    x = leaf([1.0, 2.0])
+    y = (x * x).sum()
+    y.backward()
+    with pytest.raises(RuntimeError, match="released by an earlier backward"):
+        y.backward()
+    assert to_numpy(x.grad).tolist() == [2.0, 4.0]
+
+
+def test_a_shared_part_of_the_graph_cannot_be_walked_twice():
+    x = leaf([1.0, 2.0])
+    shared = x * x
+    a, b = shared.sum(), (shared * 2).sum()
+    a.backward()
+    with pytest.raises(RuntimeError, match="released"):
+        b.backward()
+
+
+def test_backward_frees_what_the_graph_held():
+    x = leaf(numpy.ones(3))
+    y = autograd.exp(x)
+    middle = weakref.ref(y)
+    loss = y.sum()
+    del y
+    assert middle() is not None
+    loss.backward()
+    gc.collect()
+    assert middle() is None
+
+
+def test_a_graph_that_is_dropped_needs_no_garbage_collector():
+    """Closures hold arrays, never the Tensor they belong to: reference counts free everything at once."""
+    gc.disable()
+    try:
+        y = autograd.softmax(leaf(numpy.ones((2, 3))) @ leaf(numpy.ones((3, 2))))
+        reference = weakref.ref(y)
+        loss = (y * 2).sum()
+        del y, loss
+        assert reference() is None
+    finally:
+        gc.enable()
+
+
+def test_a_long_chain_meets_no_recursion_limit():
+    x = leaf(1.0)
+    y = x
+    for _ in range(20_000):
+        y = y + 1e-4
+    y.backward()
+    assert x.grad.item() == 1.0
+
+
+def test_no_grad_builds_no_graph_and_ends_with_its_block():
+    x = leaf([1.0])
+    with no_grad():
+        assert not (x * 2).requires_grad
+        with no_grad():
+            pass
+        assert not (x * 2).requires_grad
+    assert (x * 2).requires_grad
+    with pytest.raises(ZeroDivisionError):
+        with no_grad():
+            raise ZeroDivisionError
+    assert (x * 2).requires_grad
+
+
+def test_no_grad_in_one_thread_does_not_reach_another():
+    x, seen = leaf([1.0]), []
+    with no_grad():
+        thread = threading.Thread(target=lambda: seen.append((x * 2).requires_grad))
+        thread.start()
+        thread.join()
+    assert seen == [True]
+
+
+def test_stop_gradient_and_detach_keep_the_value_and_drop_the_history():
+    x = leaf([1.0, 3.0])
+    for stop in (stop_gradient, Tensor.detach):
+        x.grad = None
+        y = x * x
+        (y + stop(y) * x).sum().backward()
+        assert stop(y).numpy().tolist() == [1.0, 9.0] and not stop(y).requires_grad
+        assert to_numpy(x.grad).tolist() == [2 + 1, 6 + 9]
+
+
+def test_a_gradient_nobody_wants_is_not_computed():
+    x, constant, called = leaf([1.0]), Tensor([2.0]), []
+    y = autograd.result(x.data * 2, (x, lambda g: 2 * g), (constant, called.append))
+    y.sum().backward()
+    assert called == []
+
+
+# %% Errors
+
+def test_backward_of_a_non_scalar_needs_a_gradient_of_its_shape():
+    y = leaf([[1.0, 2.0]]) * 2
+    with pytest.raises(ValueError, match=r"shape \[1, 2\]; only a scalar"):
+        y.backward()
+    with pytest.raises(ValueError, match=r"gradient of shape \[2\] for a result of shape \[1, 2\]"):
+        y.backward(xp.ones(2))
+
+
+def test_backward_without_anything_to_differentiate():
+    with pytest.raises(RuntimeError, match="nothing this value was computed from requires a gradient"):
+        (Tensor([1.0]) * 2).sum().backward()
+    with no_grad():
+        y = leaf([1.0]).sum()
+    with pytest.raises(RuntimeError, match="no_grad"):
+        y.backward()
+
+
+@pytest.mark.parametrize("error, message, compute", [
+    (ValueError, r"add\(float64\[2\], float64\[3\]\)", lambda: leaf([1, 2]) + leaf([1, 2, 3])),
+    (ValueError, r"matmul\(float64\[2, 3\], float64\[2, 3\]\)", lambda: leaf(numpy.ones((2, 3))) @ leaf(numpy.ones((2, 3)))),
+    (ValueError, r"matmul\(float64\[2\], 3.0\)", lambda: leaf([1, 2]) @ 3.0),
+    (ValueError, r"reshape\(float64\[3\], \(2, 2\)\)", lambda: leaf([1, 2, 3]).reshape(2, 2)),
+    (ValueError, r"concatenate\(\[float64\[1, 2\], float64\[1, 3\]\]\)",
+     lambda: autograd.concatenate([leaf([[1, 2]]), leaf([[1, 2, 3]])])),
+    (IndexError, r"index\(float64\[2\], 5\)", lambda: leaf([1, 2])[5]),
+    (IndexError, r"sum\(float64\[2\]\)", lambda: leaf([1, 2]).sum(axis=1)),
+    (TypeError, r"embedding\(float64\[2, 2\], float64\[1\]\).*integers",
+     lambda: autograd.embedding(leaf([[1, 2], [3, 4]]), xp.asarray([0.0]))),
+    (ValueError, r"cross_entropy\(float64\[2, 3\], int64\[3\]\).*shape \[2\]",
+     lambda: autograd.cross_entropy(leaf(numpy.ones((2, 3))), xp.asarray([0, 1, 2]))),
+    (ValueError, r"layer_norm\(float64\[2, 3\], float64\[2\], float64\[2\]\)",
+     lambda: autograd.layer_norm(leaf(numpy.ones((2, 3))), leaf([1, 1]), leaf([0, 0]))),
+    (ValueError, r"dropout\(float64\[2\].*p must be in \[0, 1\)", lambda: autograd.dropout(leaf([1, 2]), 1.0, None)),
+], ids=lambda value: value if isinstance(value, str) else "")
+def test_an_error_names_the_operation_and_the_shapes(error, message, compute):
+    with pytest.raises(error, match=message):
+        compute()
+
+
+def test_what_a_tensor_cannot_hold():
+    with pytest.raises(TypeError, match="numbers expected"):
+        Tensor(["a"])
+    with pytest.raises(TypeError, match="only floating-point values have a gradient, not int64"):
+        Tensor(xp.asarray([1, 2]), requires_grad=True)
+    with pytest.raises(TypeError, match="Tensor already"):
+        Tensor(Tensor([1.0]))
+
+
+def test_use_device_knows_two_devices():
+    with pytest.raises(ValueError, match="'cpu' or 'gpu', not 'tpu'"):
+        autograd.use_device("tpu")
+
+
+# %% Threads
+
+def test_threads_give_the_same_gradient_as_one_graph_and_the_same_bits_every_time():
+    rng = numpy.random.default_rng(0)
+    data, values = xp.asarray(rng.normal(size=(12, 3))), rng.normal(size=(3, 2))
+    parts = [slice(0, 5), slice(5, 6), slice(6, 12)]
+
+    def run(parts):
+        w = leaf(values)
+        losses, rest = autograd.backward_in_threads(lambda rows: ((autograd.tanh(data[rows] @ w) ** 2).sum(), rows), parts)
+        assert rest == parts
+        return float(sum(losses)), to_numpy(w.grad)
+    loss, gradient = run(parts)
+    whole, expected = run([slice(0, 12)])
+    assert loss == pytest.approx(whole, rel=1e-12)
+    numpy.testing.assert_allclose(gradient, expected, rtol=1e-12)
+    for _ in range(5):
+        numpy.testing.assert_array_equal(run(parts)[1], gradient)
+
+
+def test_an_error_in_a_thread_reaches_the_caller():
+    with pytest.raises(ZeroDivisionError):
+        autograd.in_threads(lambda n: 1 / n, [1, 0])
