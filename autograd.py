@@ -343,6 +343,7 @@ def divide(a, b):
 def power(a, b):
     """a ** b. At a = 0 the slope of a ** 0 is 0, and that of 0 ** b by b (b > 0) is 0 too."""
     x, y = arrays(a, b)
+    x = x if hasattr(x, "dtype") else xp.full((), x, dtype=y.dtype)
     z = x ** y
     return result(z, (a, lambda g: g * y * x ** (y - (y != 0))),
                   (b, lambda g: g * z * xp.log(xp.where(x == 0, xp.ones_like(z), x))))
@@ -638,7 +639,7 @@ def dropout(a, p, generator):
     x, = arrays(a)
     if generator is None or p == 0:
         return result(x, (a, lambda g: g))
-    factor = (generator.random(x.shape, dtype=xp.float32) >= p) / xp.asarray(1 - p, dtype=x.dtype)
+    factor = (generator.random(x.shape, dtype=xp.float32) >= p).astype(x.dtype) * (1 / (1 - p))
     return result(x * factor, (a, lambda g: g * factor))
 
 

@@ -133,8 +133,8 @@ def cases():
     mask = numpy.array([[False, False, False, True], [False, True, False, True], [True, True, True, True]])
     for what, options in [("last axis", {}), ("first axis", {"axis": 0}), ("mask, one row hidden entirely", {"mask": mask}),
                           ("mask broadcast", {"mask": mask[1]})]:
-        options = {name: to_device(value) for name, value in options.items()}
-        yield "softmax", what, lambda x, options=options: a("softmax")(x, **options), [(3, 4)]
+        yield "softmax", what, lambda x, options=options: a("softmax")(
+            x, **{name: to_device(value) for name, value in options.items()}), [(3, 4)]
     yield "softmax", "large numbers", lambda x: a("softmax")(x * 300), [(2, 3)]
     yield "softmax", "size-1 axis", a("softmax"), [(3, 1)]
     yield "softmax", "no rows", a("softmax"), [(0, 3)]

@@ -1,0 +1,138 @@
+"""The same code on another array library: nothing hands device data to NumPy, and the numbers are the same.
+
+On a machine with CuPy and a CUDA GPU `python -m pytest --device gpu` runs every test there, and the comparison of
+NumPy with CuPy below is not skipped. On any machine the stand-in of standin.py shows that no step mixes the two.
+"""
+import importlib.util
+
+import numpy
+import pytest
+
+import autograd
+import standin
+import txl
+from autograd import Tensor, check_gradients, to_numpy, use_device, xp
+from test_gradients import CASES, model_of, tensors, values
+from train_shakespeare import Streams, evaluate
+
+RNG = numpy.random.default_rng
+
+
+@pytest.fixture
+def on_the_standin():
+    with standin.installed():
+        yield
+
+
+# %% The stand-in is strict
+
+def test_the_standin_refuses_what_cupy_refuses(on_the_standin):
+    device, host = xp.ones(3), numpy.ones(3)
+    for mistake in (lambda: device + host, lambda: host + device, lambda: host @ device, lambda: numpy.exp(device),
+                    lambda: numpy.asarray(device), lambda: xp.exp(host), lambda: xp.concatenate([device, host]),
+                    lambda: device.__setitem__(slice(None), host), lambda: xp.where(host > 0, device, 0.0)):
+        with pytest.raises(TypeError):
+            mistake()
+    assert to_numpy(device + 1).tolist() == [2, 2, 2] and type(to_numpy(device)) is numpy.ndarray
+    assert isinstance(device.sum(), standin.Array)
+
+
+# %% Every operation, and everything the command does
+
+@pytest.mark.parametrize("f, inputs", [case[2:] for case in CASES], ids=[f"{name}: {what}" for name, what, *_ in CASES])
+def test_operation_on_the_standin(f, inputs):
+    """Value and gradients, bit for bit those of NumPy."""
+    answers = []
+    for device in (numpy, standin.Library()):
+        before, xp.library = xp.library, device
+        try:
+            operands = tensors(inputs)
+            y = f(*operands)
+            y.backward(xp.ones_like(y.data))
+            answers.append([to_numpy(y.data)] + [to_numpy(x.grad) for x in operands])
+        finally:
+            xp.library = before
+    for ours, numpys in zip(*reversed(answers)):
+        numpy.testing.assert_array_equal(ours, numpys)
+
+
+OPTIONS = [dict(), dict(positions="learned", clamp_len=6), dict(pre_norm=False, tie_weights=True),
+           dict(same_length=True, clamp_len=3), dict(dropout=0.2, attn_dropout=0.1)]
+
+
+def everything(options, dtype=numpy.float64):
+    """Logits, loss, memory, gradients, weights after Adam, an evaluation and a generated text, all as NumPy values."""
+    config = txl.Config(vocab_size=7, n_layer=2, n_head=2, d_model=8, d_ff=12, mem_len=4, **options)
+    model = txl.TransformerXL(config, seed=3, dtype=dtype)
+    adam = txl.Adam(model.parameters(), lr=1e-2, weight_decay=0.1, clip=0.5)
+    text = RNG(0).integers(7, size=200)
+    streams, memory, out = Streams(text, batch_size=3, seq_len=4, seed=1), None, {}
+    for step in range(3):
+        tokens, targets, _ = streams.segment(step)
+        generator = xp.random.default_rng([1, step]) if options.get("dropout") else None
+        (loss,), (memory,) = autograd.backward_in_threads(
+            lambda rows: txl.loss_and_memory(model, tokens[rows], targets[rows], memory, generator), [slice(0, 3)])
+        for name, parameter in model.parameters().items():
+            out[f"gradient {step} {name}"] = to_numpy(parameter.grad)
+        out[f"loss {step}"], out[f"norm {step}"] = to_numpy(loss), to_numpy(adam.step())
+        adam.zero_grad()
+    for name, parameter in model.parameters().items():
+        out[f"weight {name}"] = parameter.numpy()
+    out.update({f"memory {i}": to_numpy(m) for i, m in enumerate(memory)})
+    out["logits"] = model(tokens, memory)[0].numpy()
+    out["evaluation"] = evaluate(model, text[:90], 2, 4, 8, threads=1)
+    out["text"] = list(txl.generate(model, [1, 2, 3, 4, 5, 6], 12, rng=RNG(2)))
+    return out
+
+
+@pytest.mark.parametrize("dtype", [numpy.float32, numpy.float64])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_training_evaluation_and_generation_on_the_standin_are_those_of_numpy(options, dtype):
+    with standin.installed():
+        ours = everything(options, dtype)
+    before, xp.library = xp.library, numpy
+    try:
+        numpys = everything(options, dtype)
+    finally:
+        xp.library = before
+    assert ours.keys() == numpys.keys()
+    for name in ours:
+        numpy.testing.assert_array_equal(ours[name], numpys[name], err_msg=name)
+
+
+def test_gradient_check_on_the_standin(on_the_standin):
+    model, tokens, memory = model_of({}, 2, n_layer=1)
+    check_gradients(lambda *_: txl.loss_and_memory(model, tokens[:, :-1], tokens[:, 1:], memory)[0], model.parameters(), samples=2)
+
+
+# %% CuPy itself
+
+def cuda_device():
+    if importlib.util.find_spec("cupy") is None:
+        return False
+    before = xp.library
+    try:
+        use_device("gpu")
+        return True
+    except autograd.DeviceError:
+        return False
+    finally:
+        xp.library = before
+
+
+@pytest.mark.skipif(not cuda_device(), reason="needs CuPy and a CUDA GPU")
+@pytest.mark.parametrize("dtype, rtol", [(numpy.float64, 1e-10), (numpy.float32, 1e-4)], ids=["float64", "float32"])
+@pytest.mark.parametrize("options", OPTIONS[:4], ids=str)
+def test_cupy_agrees_with_numpy(options, dtype, rtol):
+    """From one seed: the same weights, loss, every gradient and Adam's steps. (Dropout's random numbers differ.)"""
+    before, answers = xp.library, []
+    try:
+        for device in ("cpu", "gpu"):
+            use_device(device)
+            answers.append(everything(options, dtype))
+    finally:
+        xp.library = before
+    for name, expected in answers[0].items():
+        if name != "text":
+            scale = numpy.abs(expected).max()
+            numpy.testing.assert_allclose(answers[1][name], expected, rtol=rtol, atol=rtol * max(scale, 1e-3), err_msg=name)
