@@ -54,6 +54,7 @@ class Array:
     size = property(lambda self: self._values.size)
     dtype = property(lambda self: self._values.dtype)
     T = property(lambda self: Array(self._values.T))
+    strides = property(lambda self: self._values.strides)
     base = property(lambda self: self._values.base)
 
     def __len__(self):
@@ -96,7 +97,7 @@ def _forward(name):
     return method
 
 
-for _name in ("add sub mul truediv pow matmul radd rsub rmul rtruediv rpow rmatmul iadd isub imul itruediv "
+for _name in ("add sub mul truediv pow mod matmul radd rsub rmul rtruediv rpow rmatmul iadd isub imul itruediv "
               "neg invert or and eq ne lt le gt ge").split():
     setattr(Array, f"__{_name}__", _forward(f"__{_name}__"))
 for _name in "sum mean max any all reshape transpose swapaxes astype copy argmax cumsum item tolist".split():
@@ -138,10 +139,16 @@ class _Random:
     default_rng = staticmethod(Generator)
 
 
+class _Lib:
+    class stride_tricks:
+        as_strided = Function(numpy.lib.stride_tricks.as_strided)
+
+
 class Library:
     """The module: what NumPy has, with stand-in arrays in and out."""
 
     random = _Random()
+    lib = _Lib()
     ndarray = Array
 
     def __getattr__(self, name):

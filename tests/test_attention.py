@@ -27,7 +27,7 @@ def test_relative_shift_is_the_double_loop(T, M):
 
 def test_relative_shift_on_the_matrix_of_the_text():
     x = Tensor(xp.asarray([[4, 3, 2, 1, 0]] * 3))
-    assert txl.rel_shift(x).numpy().tolist() == [[2, 1, 0, 0, 4], [3, 2, 1, 0, 0], [4, 3, 2, 1, 0]]
+    assert txl.rel_shift(x).numpy().tolist() == [[2, 1, 0, 4, 3], [3, 2, 1, 0, 4], [4, 3, 2, 1, 0]]
 
 
 # %% The mask
@@ -85,43 +85,41 @@ def attention_by_loops(attention, x, memory, config, clamp_len):
     return out @ p["W_o"]
 
 
-@pytest.mark.parametrize("positions", ["sinusoid", "learned"])
+@pytest.mark.parametrize("form", ["sinusoid", "learned"])
 @pytest.mark.parametrize("T, M, clamp_len", [(1, 0, 20), (4, 0, 20), (3, 2, 20), (3, 5, 20), (3, 5, 2)])
-def test_attention_is_the_four_terms_as_four_loops(positions, T, M, clamp_len):
-    config = txl.Config(5, n_layer=1, n_head=2, d_model=8, positions=positions, clamp_len=clamp_len)
+def test_attention_is_the_four_terms_as_four_loops(form, T, M, clamp_len):
+    config = txl.Config(5, n_layer=1, n_head=2, d_model=8, positions=form, clamp_len=clamp_len)
     rng = RNG(1)
     attention = txl.RelativeMultiHeadAttention(config, rng, numpy.float64)
     for _, tensor in txl.named_tensors(attention):
         tensor.data[...] = xp.asarray(rng.normal(size=tensor.shape))
     x, memory = rng.normal(size=(2, T, 8)), rng.normal(size=(2, M, 8))
-    distances = xp.minimum(xp.arange(M + T - 1, -1, -1), clamp_len)
-    ours = attention(Tensor(xp.asarray(x)), Tensor(xp.asarray(memory)), distances, txl.hidden_keys(T, M))
+    positions = txl.relative_positions(config, T, M, numpy.float64)
+    ours = attention(Tensor(xp.asarray(x)), Tensor(xp.asarray(memory)), positions, txl.hidden_keys(T, M))
     numpy.testing.assert_allclose(ours.numpy(), attention_by_loops(attention, x, memory, config, clamp_len), rtol=1e-10)
 
 
-def test_learned_positions_filled_from_the_sinusoids_are_the_sinusoids():
+@pytest.mark.parametrize("clamp_len", [11, 3])
+def test_learned_positions_filled_from_the_sinusoids_are_the_sinusoids(clamp_len):
     """table[distance] = R[distance] W_r and bias[distance] = v . table[distance] give the paper's model exactly."""
-    config = txl.Config(7, n_layer=2, n_head=2, d_model=8, d_ff=16, mem_len=6)
+    config = txl.Config(7, n_layer=2, n_head=2, d_model=8, d_ff=16, mem_len=6, clamp_len=clamp_len)
     paper = txl.TransformerXL(config, seed=1, dtype=numpy.float64)
-    learned = txl.TransformerXL(dataclasses.replace(config, positions="learned", clamp_len=11), dtype=numpy.float64)
+    learned = txl.TransformerXL(dataclasses.replace(config, positions="learned"), dtype=numpy.float64)
     rng = RNG(2)
     source, target = paper.parameters(), learned.parameters()
     for name in source:
         source[name].data[...] = xp.asarray(rng.normal(size=source[name].shape))
         if name in target:
             target[name].data[...] = source[name].data
-    R = txl.sinusoid(xp.arange(12), 8, numpy.float64)
+    R = txl.sinusoid(xp.arange(clamp_len + 1), 8, numpy.float64)
     for i, layer in enumerate(learned.layers):
-        r = (R @ source[f"layers.{i}.attention.W_r"].data).reshape(12, 2, 4)
+        r = (R @ source[f"layers.{i}.attention.W_r"].data).reshape(clamp_len + 1, 2, 4)
         layer.attention.table.data[...] = r
         layer.attention.bias.data[...] = (r * source[f"layers.{i}.attention.v"].data).sum(axis=-1)
-    tokens, memory = xp.asarray(rng.integers(7, size=(3, 6))), None
+    tokens, memory, other = xp.asarray(rng.integers(7, size=(3, 6))), None, None
     for _ in range(3):
         ours, memory = learned(tokens, memory)
-        if _ == 0:
-            theirs, other = paper(tokens)
-        else:
-            theirs, other = paper(tokens, other)
+        theirs, other = paper(tokens, other)
         numpy.testing.assert_allclose(ours.numpy(), theirs.numpy(), rtol=1e-9, atol=1e-11)
 
 
@@ -146,6 +144,41 @@ def test_attention_weights_are_scaled_by_the_square_root_of_the_head_width():
     for name, tensor in txl.named_tensors(attention):
         tensor.data[...] = xp.asarray(eye) if name in ("W_q", "W_k", "W_v", "W_o") else 0
     x = rng.normal(size=(1, 3, 4))
-    out = attention(Tensor(xp.asarray(x)), Tensor(xp.zeros((1, 0, 4))), xp.asarray([2, 1, 0]), txl.hidden_keys(3, 0))
+    positions = txl.relative_positions(config, 3, 0, numpy.float64)
+    out = attention(Tensor(xp.asarray(x)), Tensor(xp.zeros((1, 0, 4))), positions, txl.hidden_keys(3, 0))
     weights = softmax(Tensor(xp.asarray(x[0, 2] @ x[0].T / 2))).numpy()
     numpy.testing.assert_allclose(out.numpy()[0, 2], weights @ x[0], rtol=1e-12)
+
+
+# %% The layer, sublayer by sublayer
+
+@pytest.mark.parametrize("pre_norm", [True, False], ids=["pre-norm", "post-norm"])
+def test_layer_is_its_formula(pre_norm):
+    """x + f(norm(x)) twice, or the paper's norm(x + f(x)) twice; pre-norm normalises the memory like the segment."""
+    config = txl.Config(5, n_layer=1, n_head=2, d_model=8, d_ff=12, pre_norm=pre_norm)
+    rng = RNG(6)
+    layer = txl.Layer(config, rng, numpy.float64)
+    for _, tensor in txl.named_tensors(layer):
+        tensor.data[...] = xp.asarray(rng.normal(size=tensor.shape))
+    p = {name: tensor.numpy() for name, tensor in txl.named_tensors(layer)}
+    x, memory = rng.normal(size=(2, 3, 8)), rng.normal(size=(2, 4, 8))
+
+    def norm(which, h):
+        z = (h - h.mean(-1, keepdims=True)) / numpy.sqrt(h.var(-1, keepdims=True) + 1e-5)
+        return z * p[f"{which}_norm.gain"] + p[f"{which}_norm.bias"]
+
+    def attention(h, m):
+        return attention_by_loops(layer.attention, h, m, config, 99)
+
+    def feed_forward(h):
+        hidden = numpy.maximum(h @ p["feed_forward.W_1"] + p["feed_forward.b_1"], 0)
+        return hidden @ p["feed_forward.W_2"] + p["feed_forward.b_2"]
+    if pre_norm:
+        y = x + attention(norm("attention", x), norm("attention", memory))
+        y = y + feed_forward(norm("feed_forward", y))
+    else:
+        y = norm("attention", x + attention(x, memory))
+        y = norm("feed_forward", y + feed_forward(y))
+    ours = layer(Tensor(xp.asarray(x)), Tensor(xp.asarray(memory)),
+                 txl.relative_positions(config, 3, 4, numpy.float64), txl.hidden_keys(3, 4))
+    numpy.testing.assert_allclose(ours.numpy(), y, rtol=1e-9, atol=1e-11)

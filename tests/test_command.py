@@ -81,6 +81,31 @@ def test_it_leaves_a_log_the_configuration_and_two_checkpoints(finished):
     assert json.loads(state["meta"].item())["step"] == 30
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_log_is_that_of_the_plain_loop(folder, threads):
+    """Forward, backward, clip, Adam, next segment with the memory, an empty memory where the text begins again."""
+    import train_shakespeare as command
+    import txl
+    name = f"plain{threads}"
+    run(folder, "--data", "text", "--out", name, *SMALL, "--steps", "60", "--log-every", "1", "--eval-every", "30",
+        "--threads", threads)
+    with open(folder / name / "log.csv") as file:
+        log = [(float(row["loss"]), float(row["grad_norm"])) for row in csv.DictReader(file)]
+    vocabulary = "".join(sorted(set(TEXT)))
+    tokens = command.encode(TEXT, vocabulary)
+    streams = command.Streams(tokens[:int(0.9 * len(tokens))], 4, 16, seed=1)
+    assert 40 < streams.segments < 58                                # the 60 steps reach a second epoch
+    model = txl.TransformerXL(txl.Config(len(vocabulary), n_layer=1, n_head=2, d_model=16, d_ff=16, mem_len=16), seed=1)
+    adam, memory = txl.Adam(model.parameters(), betas=(0.9, 0.99), weight_decay=0.1, clip=1.0), None
+    for step in range(60):
+        x, y, fresh = streams.segment(step)
+        loss, memory = txl.loss_and_memory(model, x, y, None if fresh else memory)
+        loss.backward()
+        norm = adam.step(txl.warmup_cosine(step, 60, 1e-2, warmup=6, final=1e-3))
+        adam.zero_grad()
+        assert log[step] == pytest.approx((loss.item(), float(norm)), rel=2e-3), step
+
+
 def test_a_run_is_not_overwritten_unless_asked(folder, finished):
     before = (folder / "run" / "checkpoint.npz").read_bytes()
     assert "--resume" in trained(folder, "run", 5, status=2).stderr

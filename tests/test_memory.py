@@ -195,6 +195,33 @@ def test_dropout_acts_only_when_a_generator_is_given():
     assert (same[0] != model(tokens, generator=xp.random.default_rng(2))[0].numpy()).any()
 
 
+def test_dropout_is_applied_where_the_text_says():
+    """Embeddings; in each layer attention weights, attention output, hidden and output of the feed-forward; the last state."""
+    class Recording:
+        def __init__(self):
+            self.shapes, self.generator = [], xp.random.default_rng(0)
+
+        def random(self, shape, dtype):
+            self.shapes.append(shape)
+            return self.generator.random(shape, dtype=dtype)
+    B, D, F, K, H, layers = 2, 8, 12, T, 2, 3
+    of_layer = {"weights": (H, B, T, K), "attention": (B, T, D), "hidden": (B, T, F), "output": (B, T, D)}
+    for options, expected in [
+            (dict(dropout=0.1), [(B, T, D)] + [of_layer[s] for s in ("attention", "hidden", "output")] * layers + [(B, T, D)]),
+            (dict(attn_dropout=0.1), [of_layer["weights"]] * layers),
+            (dict(dropout=0.1, attn_dropout=0.1), [(B, T, D)] + list(of_layer.values()) * layers + [(B, T, D)])]:
+        for pre_norm in (True, False):
+            recording = Recording()
+            model_of(dict(pre_norm=pre_norm, **options))(some_tokens(T), generator=recording)
+            assert recording.shapes == expected
+
+
+def test_without_a_generator_dropout_probabilities_change_nothing():
+    tokens = some_tokens(T)
+    numpy.testing.assert_array_equal(model_of(dict(dropout=0.5, attn_dropout=0.5))(tokens)[0].numpy(),
+                                     model_of({})(tokens)[0].numpy())
+
+
 # %% The configuration and what a call accepts
 
 @pytest.mark.parametrize("wrong, message", [
