@@ -1,0 +1,163 @@
+"""How fast a training step and generation are, on fixed configurations.
+
+    python tests/benchmark.py                              all CPU configurations
+    python tests/benchmark.py small medium --json          one JSON object a line
+    python tests/benchmark.py small --generate 200         characters a second, one by one, with memory
+    python tests/benchmark.py nanogpt-gpu --device gpu
+
+One step is: forward over [batch, seq_len] tokens with a full memory of mem_len states a layer, mean cross-entropy,
+backward, clipping of the global gradient norm at 1, one Adam step, and the new memory. No dropout, float32. The time is
+the median over the steps. `gemm_floor` is the time that the step's matrix products alone would take at the best rate
+measured in this process, as a fraction of the step's time: 1 would mean that nothing but products takes time.
+"""
+import argparse
+import json
+import os
+import pathlib
+import statistics
+import sys
+import time
+
+for _variable in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"):
+    os.environ.setdefault(_variable, "1")       # before NumPy loads; --threads divides the batch
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+import numpy
+
+import autograd
+import txl
+from autograd import backward_in_threads, in_threads, xp
+from train_shakespeare import row_parts
+
+CONFIGS = {
+    "labml": dict(vocab=65, d_model=128, n_head=4, d_ff=256, n_layer=6, seq_len=2, mem_len=32, batch=32),
+    "wide": dict(vocab=65, d_model=128, n_head=4, d_ff=256, n_layer=6, seq_len=32, mem_len=32, batch=32),
+    "small": dict(vocab=65, d_model=128, n_head=4, d_ff=512, n_layer=4, seq_len=64, mem_len=64, batch=16),
+    "medium": dict(vocab=65, d_model=256, n_head=8, d_ff=1024, n_layer=6, seq_len=128, mem_len=128, batch=16),
+    "nanogpt-gpu": dict(vocab=65, d_model=384, n_head=6, d_ff=1536, n_layer=6, seq_len=256, mem_len=256, batch=64),
+    "enwik8-base": dict(vocab=204, d_model=512, n_head=8, d_ff=2048, n_layer=12, seq_len=512, mem_len=512, batch=22),
+}
+
+
+def model_of(c):
+    return txl.TransformerXL(txl.Config(c["vocab"], c["n_layer"], c["n_head"], c["d_model"], c["d_ff"], c["mem_len"]))
+
+
+def full_memory(c, batch):
+    return [xp.zeros((batch, c["mem_len"], c["d_model"]), dtype=xp.float32) for _ in range(c["n_layer"])]
+
+
+def synchronise():
+    if hasattr(xp.library, "cuda"):
+        xp.library.cuda.get_current_stream().synchronize()
+
+
+def seconds_per_step(c, threads, steps, warmup):
+    """Median time of a training step."""
+    model, times = model_of(c), []
+    adam = txl.Adam(model.parameters(), lr=1e-4, clip=1.0)
+    parts = row_parts(c["batch"], threads)
+    memories = [full_memory(c, rows.stop - rows.start) for rows in parts]
+    rng = numpy.random.default_rng(0)
+    for _ in range(warmup + steps):
+        tokens, targets = (xp.asarray(rng.integers(c["vocab"], size=(c["batch"], c["seq_len"]))) for _ in range(2))
+        synchronise()
+        start = time.perf_counter()
+
+        def part_loss(part):
+            rows = parts[part]
+            loss, memory = txl.loss_and_memory(model, tokens[rows], targets[rows], memories[part])
+            return loss * ((rows.stop - rows.start) / c["batch"]), memory
+        _, memories = backward_in_threads(part_loss, range(len(parts)))
+        adam.step()
+        adam.zero_grad()
+        synchronise()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[warmup:])
+
+
+def product_operations(c):
+    """Multiplications and additions in a step's matrix products.
+
+    Each product of the forward pass has two of its size in the backward pass, one for each operand; only the memory and
+    the sinusoids need none.
+    """
+    B, T, M, D, F = (c[name] for name in ("batch", "seq_len", "mem_len", "d_model", "d_ff"))
+    K = M + T
+    both = 2 * B * T * D * D + 2 * B * T * D * D + 2 * 2 * B * T * D * F      # queries, attention output, feed-forward
+    both += 2 * 2 * B * T * D * D                                             # keys and values of the segment
+    both += 3 * 2 * B * T * K * D                                             # q k, q r, weights times values
+    weights_only = 2 * 2 * B * M * D * D + 2 * K * D * D                      # keys and values of the memory; r
+    return c["n_layer"] * (3 * both + 2 * weights_only) + 3 * 2 * B * T * D * c["vocab"]
+
+
+def product_rate(threads, size=1024, repeats=12):
+    """Operations a second of the best float32 product, on all threads at once."""
+    def run(_):
+        a, b, c = (xp.ones((size, size), dtype=xp.float32) for _ in range(3))
+        times = []
+        for _ in range(repeats):
+            synchronise()
+            start = time.perf_counter()
+            xp.matmul(a, b, out=c)
+            synchronise()
+            times.append(time.perf_counter() - start)
+        return 2 * size ** 3 / min(times)
+    return sum(in_threads(run, range(threads)))
+
+
+def generated_per_second(c, length):
+    model = model_of(c)
+    list(txl.generate(model, [0] * c["mem_len"], 3))                          # warm up
+    start = time.perf_counter()
+    list(txl.generate(model, [0] * c["mem_len"], length))
+    return length / (time.perf_counter() - start)
+
+
+def peak_rss_mib():
+    import resource
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform != "darwin" else 1024 ** 2))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("configs", nargs="*", metavar="CONFIG", help=f"of {', '.join(CONFIGS)} (default: those for the CPU)")
+    parser.add_argument("--device", choices=["cpu", "gpu"], default="cpu")
+    parser.add_argument("--steps", type=int, default=15)
+    parser.add_argument("--warmup", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--generate", type=int, metavar="LENGTH", help="time generation instead of training")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line instead of a table")
+    args = parser.parse_args()
+    for name in args.configs:
+        if name not in CONFIGS:
+            parser.error(f"no configuration {name!r}; there are {', '.join(CONFIGS)}")
+    autograd.use_device(args.device)
+    autograd.keep_freed_memory()
+    threads = args.threads if args.device == "cpu" else 1
+    program = f"{xp.library.__name__} {xp.library.__version__}"
+    header = None
+    for name in args.configs or ["labml", "wide", "small", "medium"]:
+        c = CONFIGS[name]
+        row = {"program": program, "config": name}
+        if args.generate:
+            row["generated_tokens_per_s"] = round(generated_per_second(c, args.generate), 1)
+        else:
+            seconds = seconds_per_step(c, threads, args.steps, args.warmup)
+            row["ms_per_step"] = round(seconds * 1e3, 2)
+            row["tokens_per_s"] = round(c["batch"] * c["seq_len"] / seconds, 1)
+            row["gemm_floor"] = round(product_operations(c) / product_rate(threads) / seconds, 3)
+        row["peak_rss_mib"] = peak_rss_mib()
+        if args.device == "gpu":
+            row["peak_gpu_mib"] = round(xp.get_default_memory_pool().total_bytes() / 2 ** 20)
+        if args.json:
+            print(json.dumps(row), flush=True)
+        else:
+            if header is None:
+                header = "  ".join(f"{key:>{max(len(key), 12)}}" for key in row)
+                print(header)
+            print("  ".join(f"{value!s:>{max(len(key), 12)}}" for key, value in row.items()), flush=True)
+
+
+if __name__ == "__main__":
+    main()
