@@ -282,10 +282,12 @@ def result(data, *edges):
     Only operands that need a gradient are kept, so a gradient nobody wants (of a constant, of the memory) is never
     computed, and what only its function needed is not held in memory.
     """
-    tensor = Tensor(data)
+    tensor = Tensor.__new__(Tensor)         # without the checks of __init__: this runs for every operation
+    tensor.data = data if data.ndim else xp.asarray(data)
+    tensor.grad, tensor._number, tensor._edges = None, next(_serial), ()
     if _state.recording:
-        tensor._edges = tuple(edge for edge in edges if isinstance(edge[0], Tensor) and edge[0].requires_grad)
-        tensor.requires_grad = bool(tensor._edges)
+        tensor._edges = tuple([edge for edge in edges if isinstance(edge[0], Tensor) and edge[0].requires_grad])
+    tensor.requires_grad = bool(tensor._edges)
     return tensor
 
 
@@ -295,19 +297,19 @@ def arrays(*operands):
     Python and NumPy scalars become Python numbers, which take the dtype of the array beside them; integer arrays
     beside floating-point ones are converted to their dtype. float32 beside float64 is a TypeError.
     """
-    values, dtype = [], None
-    for operand in operands:
-        value = operand.data if isinstance(operand, Tensor) else operand
-        if isinstance(value, (int, float, numpy.generic)):
-            value = value.item() if isinstance(value, numpy.generic) else value
-        elif not hasattr(value, "dtype"):
-            value = xp.asarray(value)
-        if hasattr(value, "dtype") and value.dtype.kind == "f":
-            if dtype not in (None, value.dtype):
-                raise TypeError(f"{dtype} and {value.dtype} do not mix; convert one of them with astype")
-            dtype = value.dtype
-        values.append(value)
-    if dtype is not None:
+    values = [operand.data if isinstance(operand, Tensor) else operand for operand in operands]
+    dtypes = [getattr(value, "dtype", None) for value in values]
+    if dtypes[0] is not None and all([dtype is dtypes[0] for dtype in dtypes]):
+        return values                       # the usual case
+    for i, value in enumerate(values):
+        if isinstance(value, numpy.generic):
+            values[i] = value.item()
+        elif not hasattr(value, "dtype") and not isinstance(value, (int, float)):
+            values[i] = xp.asarray(value)
+    floats = {value.dtype for value in values if hasattr(value, "dtype") and value.dtype.kind == "f"}
+    if len(floats) > 1:
+        raise TypeError(f"{' and '.join(sorted(map(str, floats)))} do not mix; convert one of them with astype")
+    for dtype in floats:
         values = [v.astype(dtype) if hasattr(v, "dtype") and v.dtype != dtype else v for v in values]
     return values
 
@@ -548,16 +550,39 @@ def matmul(a, b):
 
 
 @op
-def linear(a, weight, bias):
-    """a @ weight + bias for a [..., n], weight [n, m], bias [m]; the sum reuses the product's memory."""
+def linear(a, weight, bias, gain=None, shift=None):
+    """(a * gain + shift) @ weight + bias for a [..., n], gain and shift [n] (or neither), weight [n, m], bias [m].
+
+    gain and shift are those of a layer normalisation. They join the weights, (a gain + shift) W = a (gain W) + shift W,
+    so that they meet one small matrix instead of every row. And their gradients follow from a^T g, which W's needs
+    anyway, instead of from g (gain W)^T, the gradient of the rows: where a is a constant, that product is not computed.
+    """
     x, w, b = arrays(a, weight, bias)
-    flat = x.reshape(math.prod(x.shape[:-1]), w.shape[0])
-    y = flat @ w
+    n, m = w.shape
+    flat = x.reshape(math.prod(x.shape[:-1]), n)
+    scaled = w
+    if gain is not None:
+        _, gain_column, shift_row = arrays(x, gain, shift)
+        gain_column = gain_column.reshape(n, 1)
+        scaled, b = gain_column * w, shift_row @ w + b
+    y = flat @ scaled
     y += b
-    return result(y.reshape(x.shape[:-1] + b.shape),
-                  (a, lambda g: (g.reshape(y.shape) @ w.T).reshape(x.shape)),
-                  (weight, lambda g: flat.T @ g.reshape(y.shape)),
-                  (bias, lambda g: g))
+    products, sums = [], []         # a^T g and the sum of g over the rows, for whichever gradient is asked for first
+
+    def product(g):
+        products or products.append(flat.T @ g.reshape(y.shape))
+        return products[0]
+
+    def total(g):
+        sums or sums.append(xp.ones(len(y), dtype=y.dtype) @ g.reshape(y.shape))
+        return sums[0]
+    edges = [(a, lambda g: (g.reshape(y.shape) @ scaled.T).reshape(x.shape)), (bias, total)]
+    if gain is None:
+        edges += [(weight, product)]
+    else:
+        edges += [(weight, lambda g: gain_column * product(g) + shift_row[:, None] * total(g)),
+                  (gain, lambda g: _row_dots(product(g), w).reshape(n)), (shift, lambda g: w @ total(g))]
+    return result(y.reshape(x.shape[:-1] + (m,)), *edges)
 
 
 @op

@@ -221,20 +221,23 @@ class RelativeMultiHeadAttention:
         positions   what `relative_positions` returns
         mask        [T, K] booleans, True where hidden
         generator   random numbers for dropout, or None
-        norm        LayerNorm whose gain and bias x and memory still lack (see `project`), or None
+        norm        LayerNorm whose gain and bias x and memory still lack, or None
         """
         B, T, D = x.shape
         H, d, K = self.config.n_head, D // self.config.n_head, memory.shape[1] + T
 
         # Queries come from the segment, keys and values from memory and segment: h~ = [SG(m) o h], section 3.2.
         # Projected apart and then joined, because only the segment's half has a gradient to send further back.
+        def project(h, W):
+            return h @ W if norm is None else linear(h, W, 0.0, norm.gain, norm.bias)
+
         def from_both(W):
-            return concatenate([project(memory, W, norm), project(x, W, norm)], axis=1).reshape(B, K, H, d)
+            return concatenate([project(memory, W), project(x, W)], axis=1).reshape(B, K, H, d)
         k = from_both(self.W_k).transpose(2, 0, 3, 1)                              # [H, B, d, K]
         values = from_both(self.W_v).transpose(2, 0, 1, 3)                         # [H, B, K, d]
         # The 1/sqrt(d) of the scores goes to q, u and v, which are smaller than the scores.
         scale = 1 / math.sqrt(d)
-        q = project(x, self.W_q * scale, norm).reshape(B, T, H, d)
+        q = project(x, self.W_q * scale).reshape(B, T, H, d)
 
         # The heads stand in front, so that r, which is the same for all B sequences, takes one product for each head.
         content = (q + self.u * scale).transpose(2, 0, 1, 3) @ k                   # (a) + (c)   [H, B, T, K]
@@ -254,17 +257,6 @@ class RelativeMultiHeadAttention:
             return q @ r + (self.bias[positions] * scale).T.reshape(H, 1, -1)
         r = (positions @ self.W_r).reshape(-1, H, d).transpose(1, 2, 0)            # [H, d, K]
         return (q + (self.v * scale).reshape(H, 1, d)) @ r
-
-
-def project(z, W, norm=None, b=None):
-    """z W + b where z still lacks the gain and bias of `norm`: [..., n] -> [..., m].
-
-    (z gain + bias) W + b  =  z (gain W) + (bias W + b): the gain multiplies one small matrix instead of every row, and
-    no gradient has to travel through the product to reach it. Above all, normalised memory is then a constant.
-    """
-    if norm is not None:
-        W, b = norm.gain.reshape(-1, 1) * W, norm.bias @ W if b is None else norm.bias @ W + b
-    return z @ W if b is None else linear(z, W, b)
 
 
 # The parameters start as random numbers from NumPy's generator on every device, so that a seed means the same model
@@ -308,7 +300,8 @@ class FeedForward:
         self.W_2, self.b_2 = weight(rng, (F, D), dtype, scale=1 / math.sqrt(2 * config.n_layer)), zeros(D, dtype)
 
     def __call__(self, x, generator=None, norm=None):
-        hidden = dropout(relu(project(x, self.W_1, norm, self.b_1)), self.dropout, generator)
+        gain_and_bias = () if norm is None else (norm.gain, norm.bias)
+        hidden = dropout(relu(linear(x, self.W_1, self.b_1, *gain_and_bias)), self.dropout, generator)
         return linear(hidden, self.W_2, self.b_2)
 
 
@@ -326,7 +319,7 @@ class Layer:
         p = self.config.dropout
         if self.config.pre_norm:
             # Memory holds what entered the layer, so it is normalised like the segment: x and memory are one text.
-            # norm(x) is written in two halves, normalise here and gain and bias in `project`.
+            # norm(x) is written in two halves, normalise here and gain and bias in `linear`.
             x = x + dropout(self.attention(normalise(x), normalise(memory), positions, mask, generator,
                                            self.attention_norm), p, generator)
             return x + dropout(self.feed_forward(normalise(x), generator, self.feed_forward_norm), p, generator)

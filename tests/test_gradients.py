@@ -127,6 +127,10 @@ def cases():
     yield "linear", "matrix", linear, [(3, 4), (4, 2), (2,)]
     yield "linear", "stack", linear, [(2, 3, 4), (4, 2), (2,)]
     yield "linear", "vector", linear, [(4,), (4, 2), (2,)]
+    yield "linear", "with gain and shift", linear, [(2, 3, 4), (4, 2), (2,), (4,), (4,)]
+    yield "linear", "gain and shift, a constant bias", lambda x, w, gain, shift: linear(x, w, 0.0, gain, shift), [
+        (3, 4), (4, 2), (4,), (4,)]
+    yield "linear", "gain and shift, no rows", linear, [(0, 4), (4, 2), (2,), (4,), (4,)]
     yield "linear", "no rows", linear, [(0, 4), (4, 2), (2,)]
     yield "linear", "an empty sum", linear, [(2, 0), (0, 3), (3,)]
     yield "matmul", "square stacks", matmul, [(2, 3, 3), (2, 3, 3)]
