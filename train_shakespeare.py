@@ -61,7 +61,7 @@ class Failure(Exception):
 # choice of what to do.
 FIXED = {"positions": "sinusoid", "n_layer": 4, "n_head": 4, "d_model": 128, "d_ff": 512, "mem_len": 64,
          "dropout": 0.0, "batch_size": 16, "seq_len": 64, "lr": 3e-3, "seed": 1}
-FREE = {"steps": 3000, "eval_mem_len": None, "log_every": 50, "eval_every": 500}
+FREE = {"steps": 2500, "eval_mem_len": None, "log_every": 50, "eval_every": 500}
 
 
 def number(kind, low, high=math.inf, low_ok=True):
@@ -131,7 +131,7 @@ def parse_arguments(argv=None):
 
     writing = parser.add_argument_group("with --generate")
     option(writing, "--length", "characters to write", type=whole, default=500, shown=500, metavar="N")
-    option(writing, "--temperature", "below 1 bolder, above 1 wilder, 0 always the likeliest character",
+    option(writing, "--temperature", "below 1 safer, above 1 more varied, 0 always the likeliest character",
            type=number(float, 0), default=0.8, shown=0.8, metavar="X")
     option(writing, "--top-k", "choose among the K likeliest only", type=positive, metavar="K")
     option(writing, "--top-p", "choose among the likeliest that reach probability P only",
@@ -172,7 +172,9 @@ def read_file(path):
 def find_corpus(file):
     """(text, {"name", "sha256", "characters"}): the text of `file`, or Tiny Shakespeare where it is None."""
     if file is not None:
-        return decoded(read_file(file), file.name)
+        data = read_file(file)
+        known = {corpus["sha256"]: corpus["name"] for corpus in (TINY, PLAYS)}
+        return decoded(data, known.get(sha256(data), file.name))
     for corpus in (TINY, PLAYS):
         path = HERE / "data" / corpus["file"]
         if path.exists():

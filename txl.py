@@ -1,5 +1,5 @@
 # %% Transformer-XL
-"""Transformer-XL (Dai et al. 2019, arXiv 1901.02860) from the paper to the last gradient, in one file.
+"""Transformer-XL (Dai et al. 2019, arXiv 1901.02860), from the paper's idea to generated text, on top of autograd.py.
 
 The question. A language model predicts each token from the tokens before it. A Transformer does so by attention
 over a window of T tokens, and a text is longer than any window. Cut the text into segments of T and train on each by
@@ -7,27 +7,41 @@ itself, and two things go wrong: nothing further back than T can ever be used, a
 are predicted from almost nothing, although the text before them has just been read. Sliding the window by one token
 at a time mends the second when evaluating, at the price of computing everything T times over.
 
-The answer. Keep what each layer computed for the previous segment, and let the next segment attend to it:
+The answer. Keep what entered each layer for the previous segment (the embeddings for layer 1, layer 1's output for
+layer 2, …), and let the same layer attend to it in the next segment. With T = 4 tokens and a memory of M = 4 states:
 
-                  segment 1            segment 2            segment 3
-    layer 2      o  o  o  o      ·····o  o  o  o      ·····o  o  o  o
-                 | /| /| /|    ·/··/··| /| /| /|    ·/··/··| /| /| /|        ··· attention into the memory:
-    layer 1      o  o  o  o   ·· ·····o  o  o  o   ·· ·····o  o  o  o            values flow, gradients do not
-                 | /| /| /|    ·/··/··| /| /| /|    ·/··/··| /| /| /|
-    tokens       F  i  r  s      t  ·  C  i  t      i  z  e  n
+                  segment 1        segment 2        segment 3
+    layer 2       .  .  .  .       .  .  .  .       .  .  .  O     this state
+                                   |__|__|__|_______|__|__|__|
+    layer 1       .  .  .  .       m  m  m  m       o  o  o  o     attends to these: o in its own segment, m in memory.
+                  |__|__|__|_______|__|__|__|
+    embeddings    m  m  m  m       o  o  o  o       .  .  .  .     The last m attended to these when it was computed.
+                  F  i  r  s       t  _  C  i       t  i  z  e
 
-Every segment adds the reach of one memory per layer: N layers with a memory of M states see about N * M tokens back,
-and each token is still computed only once. That needs one change to the Transformer: positions must be *relative*. If
-a token carried its absolute position in the segment, 0 … T-1, then memory and segment would both claim 0 … T-1 and
-attention could not tell them apart. How far back a key lies, in contrast, is the same number whoever counts it.
+Values flow along all lines, gradients only along those within a segment. Every layer reaches one memory further back,
+so N layers see about N * M tokens beyond their segment (here 2 * 4), and each token is still computed only once. The
+cost: attention over M + T keys instead of T, M states a layer to keep, and no learning of what would be good to keep.
+
+It needs one change to the Transformer: positions must be *relative*. If a token carried its absolute position in the
+segment, 0 … T-1, then memory and segment would both claim 0 … T-1 and attention could not tell them apart. How far
+back a key lies from a query, in contrast, does not depend on where the text was cut.
+
+Where this differs from the paper: pre-norm layers are the default, post-norm is an option. Where it differs from the
+authors' code (github.com/kimiyoung/transformer-xl): the memory has n_layer entries, not n_layer + 1 (nothing attends to
+the last layer's output); `rel_shift` is a view; adaptive softmax and embeddings, which characters do not need, are left
+out. As in that code: u, v and W_r are each layer's own, embeddings are multiplied by sqrt(D), `clamp_len` and
+`same_length`. "labml" is the annotated implementation at nn.labml.ai/transformers/xl.
 
 Reading order: 1. the configuration   2. positions, and the relative shift   3. relative attention
                4. the layer   5. memory   6. the model   7. the loss   8. Adam   9. generation
 
 Shapes are written in comments with these letters:
 
-    B  batch    T  queries: tokens of the segment    M  memory: states kept    K = M + T  keys
-    H  heads    D  d_model                           d = D / H                 V  vocabulary
+    B  batch    T  queries: tokens of the segment    M  memory: states there are now, 0 … mem_len    K = M + T  keys
+    H  heads    D  d_model                           d = D / H                                       V  vocabulary
+
+From autograd.py: `xp` is NumPy or CuPy. A Tensor is an array with a gradient. `result(y, (x, f))` makes the Tensor of an
+operation with value y whose gradient g goes on to x as f(g). `linear(x, W, b, gain, shift)` is (x * gain + shift) W + b.
 """
 import dataclasses
 import math
@@ -44,15 +58,17 @@ class Config:
     """What determines the function a model computes. ValueError names the field that is wrong.
 
     vocab_size    V, the number of different tokens
-    mem_len       M, states each layer keeps of the past; 0: none. Costs time and memory in proportion to M + T
-    dropout       probability of dropping an element of the embeddings, of each sublayer's hidden and output values
+    mem_len       most states each layer keeps of the past; 0: none
+    dropout       probability of dropping an element of the embeddings, of the output of attention and feed-forward, of the
+                  feed-forward's hidden values and of the final states
     attn_dropout  probability of dropping an attention weight
     pre_norm      True: x + f(norm(x)), which trains well without a long warm-up. False: norm(x + f(x)), the paper's
     tie_weights   the output layer uses the embedding table (Press and Wolf 2017)
     positions     "sinusoid": the paper's. "learned": a learned vector and bias for each distance (Shaw et al. 2018)
-    clamp_len     distances beyond this count as this; None: as they are. "learned" needs it: it is the table's size
-    same_length   True: each query sees exactly the mem_len keys before it and itself, the first of a segment as many
-                  as the last. False: also the rest of its segment, so that late queries see more
+    clamp_len     distances beyond this count as this; None: as they are. "learned" needs it: its table has
+                  clamp_len + 1 rows
+    same_length   True: each query sees itself and at most the mem_len keys before it, the last of a segment no more than
+                  the first. False: the whole memory and all of its segment before it, so that late queries see more
     """
     vocab_size: int
     n_layer: int = 4
@@ -113,9 +129,9 @@ def sinusoid(distances, d_model, dtype=numpy.float32):
 
 
 def relative_positions(config, T, M, dtype):
-    """What attention multiplies the queries with: for the distances K-1, K-2, …, 0 (clamped) in this order,
+    """Attention's position input, for the distances K-1, K-2, …, 0 in this order (clamped).
 
-    the sinusoids R [K, D] as a Tensor, or, for learned positions, the distances themselves [K], rows of the table.
+    Sinusoids R [K, D] as a Tensor; for learned positions the distances themselves [K], to look up in the table.
     """
     distances = xp.arange(M + T - 1, -1, -1)
     if config.clamp_len is not None:
@@ -126,14 +142,16 @@ def relative_positions(config, T, M, dtype):
 def rel_shift(x):
     """From columns that count distance to columns that count keys: [..., T, K] -> [..., T, K].
 
-    Query i needs, for key j, the score of distance M + i - j. Computing it for every pair (i, j) would take T * K
-    products; there are only K distances, so attention multiplies each query with K vectors and gets
+    Query i needs, for key j, the score of distance M + i - j. A vector for each of the T * K pairs (i, j) would have to
+    be computed or fetched; but there are only K distances, so attention makes K vectors once and scores all queries
+    against them in one matrix product. The scores then stand in the wrong columns:
 
         row i:   [K-1, K-2, …, 2, 1, 0]         the distance that each column stands for, the same in every row
 
     What row i wants is that list moved left by T-1-i places, so that distance 0 arrives at its own key j = M + i.
     Moving each row by another amount sounds like a loop. It is none: read the rows off in one line, start at place
-    T-1, and begin every new row only K-1 places after the one before. For T = 3, K = 5 (each number a distance):
+    T-1, and begin every new row only K-1 places after the one before: row i begins where it always did, at i K, plus
+    T-1-i. For T = 3, K = 5 (each number a distance):
 
         4 3 2 1 0                 row 0 begins here
         4 3 2 1 0     -->     4 3 2 1 0 4 3 2 1 0 4 3 2 1 0     -->     2 1 0 4 3
@@ -143,10 +161,9 @@ def rel_shift(x):
     The numbers below and on the diagonal are those of the picture above. Beyond it, where that has dots, stands the
     beginning of the next row. Those are keys in the future, which attention hides, so it does not matter what they are.
 
-    (The released code puts a column of zeros in front, drops the first T numbers of the line and reads rows of K. That
-    is the same numbers, but for a zero in each row beyond the diagonal, and a copy; this is a view. labml's
-    `shift_right` drops the last row where the released code drops the first because its table of positions runs the
-    other way.)
+    (The authors' code puts a column of zeros in front, drops the first T numbers of the line and reads rows of K: the
+    same numbers up to the diagonal, other rubbish beyond it, and a copy; this is a view. labml's `shift_right` drops the
+    last row where the authors' code drops the first because its table of positions runs the other way.)
 
     Back: every number goes to the place in the line from which it came. The last of a row and the first of the next
     came from the same one, so there the gradients add.
@@ -183,9 +200,10 @@ def hidden_keys(T, M, window=None):
 #     (c)    p_i W_q · x_j W_k           u · k      what j offers, to any query: some keys always matter
 #     (d)    p_i W_q · p_j W_k           v · r      how far away j is, for any query: near ones matter more
 #
-# p_j becomes r, a vector for the distance i - j. p_i W_q, the query's own position, becomes a learned constant: where
-# a query stands says nothing once distances are relative. It is u where it meets content and v where it meets
-# distance. Summed, with q and k as they are, each score takes two products instead of four:
+# q = x_i W_q and k = x_j W_k stay. p_j W_k becomes r = R[distance] W_r: the sinusoid of the distance from i to j, through a
+# matrix of its own. p_i W_q, the query's own position, becomes a learned constant: where a query stands says nothing
+# once distances are relative. It is u where it meets content and v where it meets distance. Summed, each score takes
+# two products instead of four:
 #
 #     score = [ (q + u) · k + (q + v) · r ] / sqrt(d)         (a) + (c) and (b) + (d)
 #
@@ -212,8 +230,9 @@ class RelativeMultiHeadAttention:
             self.W_r = weight(rng, (D, D), dtype)
             self.v = zeros((H, D // H), dtype)
         else:
-            self.table = weight(rng, (config.clamp_len + 1, H, D // H), dtype, scale=math.sqrt(config.clamp_len + 1))
-            self.bias = zeros((config.clamp_len + 1, H), dtype)
+            rows = config.clamp_len + 1
+            self.table = weight(rng, (rows, H, D // H), dtype, scale=math.sqrt(rows))     # looked up, not summed over
+            self.bias = zeros((rows, H), dtype)
 
     def __call__(self, x, memory, positions, mask, generator=None, norm=None):
         """x [B, T, D], memory [B, M, D] -> [B, T, D].
@@ -226,16 +245,16 @@ class RelativeMultiHeadAttention:
         B, T, D = x.shape
         H, d, K = self.config.n_head, D // self.config.n_head, memory.shape[1] + T
 
-        # Queries come from the segment, keys and values from memory and segment: h~ = [SG(m) o h], section 3.2.
+        # Queries come from the segment, keys and values from memory and segment joined: h~ = [SG(m) o h], section 3.2.
         # Projected apart and then joined, because only the segment's half has a gradient to send further back.
-        def project(h, W):
-            return h @ W if norm is None else linear(h, W, 0.0, norm.gain, norm.bias)
+        def project(states, W):
+            return states @ W if norm is None else linear(states, W, 0.0, norm.gain, norm.bias)
 
         def from_both(W):
             return concatenate([project(memory, W), project(x, W)], axis=1).reshape(B, K, H, d)
         k = from_both(self.W_k).transpose(2, 0, 3, 1)                              # [H, B, d, K]
         values = from_both(self.W_v).transpose(2, 0, 1, 3)                         # [H, B, K, d]
-        # The 1/sqrt(d) of the scores goes to q, u and v, which are smaller than the scores.
+        # The factor 1/sqrt(d) of the scores goes to W_q, u and v, which have fewer elements.
         scale = 1 / math.sqrt(d)
         q = project(x, self.W_q * scale).reshape(B, T, H, d)
 
@@ -260,8 +279,8 @@ class RelativeMultiHeadAttention:
 
 
 # The parameters start as random numbers from NumPy's generator on every device, so that a seed means the same model
-# on the CPU and on the GPU. The spread 1/sqrt(3 n) for n inputs keeps the size of values about the same from layer to
-# layer; what is added to the residual stream 2 * n_layer times starts smaller by sqrt(2 * n_layer) (as in GPT-2).
+# on the CPU and on the GPU. With the spread 1/sqrt(3 n) a product over n inputs is about 0.6 times the size of its input;
+# what is added to the residual stream 2 * n_layer times starts smaller by sqrt(2 * n_layer) (as in GPT-2).
 
 def weight(rng, shape, dtype, scale=1.0):
     """A parameter [inputs, …] of normal numbers with standard deviation scale / sqrt(3 * inputs)."""
@@ -329,14 +348,17 @@ class Layer:
 
 # %% 5. Memory
 # The memory of a layer is the *input* of that layer for the last M tokens: what its keys and values were computed
-# from. It is stored as plain arrays, without history. Keeping the history would be exact, and would keep the graph of
-# the whole text alive; without it a segment's cost is constant, and only W_k and W_v learn from what lies in memory.
+# from. It is stored before the layer runs, as plain arrays without history. Keeping the history would be exact, and would
+# keep the graph of the whole text alive. Without it a segment's cost is constant, and states in memory are constants: no
+# gradient reaches the layers and embeddings that made them, only the parameters that use them now.
 #
 #     before     [ m m m m m m ]              M = 6 states of the past
 #     segment                   [ h h h h ]   T = 4 new inputs of this layer
 #     after              [ m m h h h h ]      the last M of both
 #
-# Nothing in it depends on M: a model trained with one memory length can be evaluated with another, longer one.
+# No parameter's shape depends on M, so a model trained with one memory length can be evaluated with another, longer one.
+# And evaluating a text is one pass over it: every token is computed once and still sees M or more tokens before it, where
+# a window slid by one token would be computed anew for every token predicted.
 
 def update_memory(memory, h, mem_len):
     """The last mem_len of [memory o h]: [B, M, D], [B, T, D] -> [B, min(M + T, mem_len), D], a new array."""
@@ -435,8 +457,8 @@ def loss_and_memory(model, tokens, targets, memory=None, generator=None):
 class Adam:
     """Adam (Kingma and Ba 2015) with decoupled weight decay (Loshchilov and Hutter 2019) and clipping.
 
-    m and v are running means of the gradient and of its square; m / sqrt(v) is a step of about the size `lr` for
-    every parameter, whatever the scale of its gradient. Both start at 0 and so are too small at first: after t steps
+    m and v (here not memory and the v of attention) are running means of the gradient and of its square; m / sqrt(v) is of
+    about size 1 for every parameter, whatever the scale of its gradient, and a step of about size lr. Both start at 0 and so are too small at first: after t steps
     the weights of the running mean sum to 1 - beta^t, not 1. Dividing by that sum (the bias correction) makes them
     true averages from the first step on.
 
@@ -511,7 +533,7 @@ def warmup_cosine(step, steps, peak, warmup, final):
 def generate(model, prompt, length, temperature=1.0, top_k=None, top_p=None, rng=None, mem_len=None):
     """Iterate over `length` tokens that continue `prompt` (a non-empty sequence of tokens).
 
-    temperature   divides the logits; below 1 bolder, above 1 wilder, 0: always the likeliest token
+    temperature   divides the logits; below 1 safer, above 1 more varied, 0: always the likeliest token
     top_k         choose among the k likeliest only
     top_p         choose among the fewest tokens whose probabilities reach p only (nucleus; Holtzman et al. 2020)
     rng           numpy.random.Generator; None: seed 0
