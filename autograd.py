@@ -74,6 +74,12 @@ def _cupy():
                           f"that its driver is new enough for this CuPy, or use --device cpu [{error}]") from error
     if devices == 0:
         raise DeviceError("CuPy is installed but this machine has no CUDA device: use --device cpu")
+    try:
+        (cupy.random.default_rng(0).random((2, 2), dtype=cupy.float32) @ cupy.ones((2, 2), dtype=cupy.float32)).get()
+    except Exception as error:              # a library of CUDA that does not load, a kernel that does not compile, …
+        raise DeviceError("CuPy finds the GPU but cannot compute on it; most often it was built for another CUDA than the "
+                          'driver supports: reinstall it as "cupy-cuda13x[ctk]" or "cupy-cuda12x[ctk]", or use --device '
+                          f"cpu [{error.__class__.__name__}: {str(error)[:100]}]".replace("\n", " ")) from error
     return cupy
 
 
@@ -93,8 +99,9 @@ def keep_freed_memory():
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8     # <malloc.h>
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
-        libc.mallopt(M_TRIM_THRESHOLD, 1 << 30)
+        # Older releases refuse more than 32 MiB (mallopt then returns 0).
+        if libc.mallopt(M_MMAP_THRESHOLD, 1 << 30) or libc.mallopt(M_MMAP_THRESHOLD, 1 << 25):
+            libc.mallopt(M_TRIM_THRESHOLD, 1 << 30)
         libc.mallopt(M_ARENA_MAX, 1)
 
 
@@ -132,8 +139,9 @@ class Tensor:
     """An array that knows where it came from.
 
     data            array of the current device's library, any shape (lists and numbers are converted)
-    requires_grad   True for a parameter: backward() then leaves d(loss)/d(data) in `.grad`
-    grad            None, or an array of the shape and dtype of `data`; repeated backward() calls add to it
+    requires_grad   True for a parameter, and for everything computed from one
+    grad            of a parameter after backward(): d(loss)/d(data), an array of the shape and dtype of `data`, to which
+                    repeated calls add; otherwise None
     """
 
     __slots__ = ("data", "grad", "requires_grad", "_edges", "_number", "__weakref__")
@@ -178,7 +186,7 @@ class Tensor:
     def backward(self, gradient=None):
         """Add d(self)/d(leaf) to `.grad` of every leaf with requires_grad that this value was computed from.
 
-        A scalar needs no `gradient`; any other shape needs the gradient of the final loss with respect to this
+        A single number needs no `gradient`; more need the gradient of the final loss with respect to this
         Tensor, of this shape. The graph is released on the way: a second backward() through it is a RuntimeError.
         """
         accumulate(leaf_gradients(self, gradient))
@@ -233,7 +241,7 @@ def leaf_gradients(root, gradient=None):
 def accumulate(leaves):
     """Add each gradient of [(leaf, gradient), …] to leaf.grad, which never shares memory with another array."""
     for leaf, g in leaves:
-        leaf.grad = g.copy() if leaf.grad is None else leaf.grad + g
+        leaf.grad = xp.array(g) if leaf.grad is None else xp.asarray(leaf.grad + g)
 
 
 def unbroadcast(g, shape):
@@ -306,6 +314,8 @@ def arrays(*operands):
             values[i] = value.item()
         elif not hasattr(value, "dtype") and not isinstance(value, (int, float)):
             values[i] = xp.asarray(value)
+    if not any(hasattr(value, "dtype") for value in values):
+        values[0] = xp.asarray(values[0])   # numbers alone
     floats = {value.dtype for value in values if hasattr(value, "dtype") and value.dtype.kind == "f"}
     if len(floats) > 1:
         raise TypeError(f"{' and '.join(sorted(map(str, floats)))} do not mix; convert one of them with astype")
@@ -339,14 +349,14 @@ def multiply(a, b):
 @op
 def divide(a, b):
     x, y = arrays(a, b)
-    return result(x / y, (a, lambda g: g / y), (b, lambda g: -g * x / (y * y)))
+    return result(x / y, (a, lambda g: g / y), (b, lambda g: -g * (x / y) / y))
 
 
 @op
 def power(a, b):
     """a ** b. At a = 0 the slope of a ** 0 is 0, and that of 0 ** b by b (b > 0) is 0 too."""
     x, y = arrays(a, b)
-    x = x if hasattr(x, "dtype") else xp.full((), x, dtype=y.dtype)
+    x = x if hasattr(x, "dtype") else xp.full((), x, dtype=xp.result_type(x, y))
     z = x ** y
     return result(z, (a, lambda g: g * y * x ** (y - (y != 0))),
                   (b, lambda g: g * z * xp.log(xp.where(x == 0, xp.ones_like(z), x))))
@@ -417,6 +427,7 @@ def gelu(a):
 def where(condition, a, b):
     """a where `condition` (boolean array) holds, else b."""
     condition = condition.data if isinstance(condition, Tensor) else condition
+    condition = (condition if hasattr(condition, "dtype") else xp.asarray(condition)).astype(bool, copy=False)
     x, y = arrays(a, b)
     return result(xp.where(condition, x, y), (a, lambda g: g * condition), (b, lambda g: g * ~condition))
 
@@ -482,9 +493,10 @@ def pad(a, widths):
 
 @op
 def astype(a, dtype):
-    """The only way to change a dtype. The gradient comes back in the operand's own."""
+    """The only way to change a dtype. The gradient comes back in the operand's own; integers have none."""
     x, = arrays(a)
-    return result(x.astype(dtype), (a, lambda g: g.astype(x.dtype)))
+    y = x.astype(dtype)
+    return result(y, *([(a, lambda g: g.astype(x.dtype))] if y.dtype.kind == "f" else []))
 
 
 # Reductions. Back: every element that was summed gets the same g.
@@ -508,7 +520,7 @@ def sum(a, axis=None, keepdims=False):
 def mean(a, axis=None, keepdims=False):
     x, = arrays(a)
     y = x.mean(axis=axis, keepdims=keepdims)
-    return result(y, (a, lambda g: _spread(g * (y.size / x.size), x.shape, axis, keepdims)))
+    return result(y, (a, lambda g: _spread(g * (y.size / (x.size or 1)), x.shape, axis, keepdims)))
 
 
 @op
@@ -617,7 +629,7 @@ def embedding(table, ids):
 def _row_sums(x):
     """Sum over the last axis, which stays with size 1."""
     n = x.shape[-1]
-    return (x.reshape(x.size // (n or 1), n) @ xp.ones(n, dtype=x.dtype)).reshape(x.shape[:-1] + (1,))
+    return (x.reshape(math.prod(x.shape[:-1]), n) @ xp.ones(n, dtype=x.dtype)).reshape(x.shape[:-1] + (1,))
 
 
 def _row_dots(x, y):
@@ -690,7 +702,7 @@ def cross_entropy(logits, targets):
 def normalise(a, eps=1e-5):
     """Every row (last axis) shifted to mean 0 and scaled to variance 1."""
     x, = arrays(a)
-    n = x.shape[-1]
+    n = x.shape[-1] or 1
     z = x - _row_sums(x) / n
     s = 1 / xp.sqrt(_row_dots(z, z) / n + eps)
     z *= s

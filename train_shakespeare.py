@@ -10,8 +10,8 @@
     python train_shakespeare.py --plot                  draw the run's loss curve
 
 A run lives in one directory (--out): checkpoint.npz (latest state), best.npz (lowest validation loss), log.csv,
-config.json. Exit status: 0 done, 1 failed, 2 bad arguments, 130 or 143 after Ctrl-C or SIGTERM (with the checkpoint
-written).
+config.json. Exit status: 0 done, 1 failed, 2 bad arguments, 130 or 143 after Ctrl-C or SIGTERM (while training, with the
+checkpoint written).
 """
 import os
 
@@ -38,6 +38,7 @@ import tempfile
 import time
 import urllib.request
 import zipfile
+import zlib
 
 import numpy
 
@@ -89,7 +90,7 @@ def parse_arguments(argv=None):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def option(group, name, help, **options):
-        default = {**FIXED, **FREE}.get(name[2:].replace("-", "_"), options.pop("shown", None))
+        default = options.pop("shown", {**FIXED, **FREE}.get(name[2:].replace("-", "_")))
         group.add_argument(name, help=help + (f" (default: {default})" if default is not None else ""), **options)
 
     whole, positive = number(int, 0, 10**9), number(int, 1, 10**9)
@@ -262,7 +263,7 @@ def spoken(markdown):
 
 # %% 3. Characters and batches
 def code_points(text):
-    return numpy.frombuffer(text.encode("utf-32-le"), dtype="<u4")
+    return numpy.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
 
 
 def encode(text, vocabulary):
@@ -285,8 +286,9 @@ class Streams:
         stream 1   w h a t   h e   h | a t h   d o n e   | f a m o  …
                        segment 0           segment 1       segment 2
 
-    An epoch reads each stream once; the next one starts up to seq_len characters later, so that the segments are cut
-    in other places, and with empty memory. Which segment a step reads depends on nothing but the step.
+    An epoch reads each stream once, but for a rest shorter than a segment, and begins with empty memory. Each starts at
+    a random place among the first seq_len characters, so that the segments are cut in other places than before. Which
+    segment a step reads depends on nothing but the seed and the step.
     """
 
     def __init__(self, tokens, batch_size, seq_len, seed):
@@ -347,7 +349,7 @@ def row_parts(batch_size, threads):
 
 
 def figures(nats):
-    return f"{nats:.4f} nats, {nats / math.log(2):.4f} bits per character, perplexity {math.exp(nats):.3f}"
+    return f"{nats:.4f} nats, {nats / math.log(2):.4f} bits per character, perplexity {math.exp(min(nats, 700)):.3f}"
 
 
 # %% 5. Files
@@ -358,7 +360,7 @@ VERSION = 1
 
 def write_whole(path, data):
     """Write bytes so that `path` holds all of them or is as it was before."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(data)
@@ -384,12 +386,15 @@ def load(path):
         with numpy.load(io.BytesIO(read_file(path)), allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
         meta = json.loads(arrays.pop("meta").item())
-        version = meta["version"]
-        Config(**meta["model"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+        if meta["version"] != VERSION:
+            raise Failure(f"{path} has format version {meta['version']}, this program reads version {VERSION}")
+        if Config(**meta["model"]).vocab_size != len(meta["vocabulary"]):
+            raise ValueError("its vocabulary is not the model's")
+        if not {**FIXED, **FREE}.keys() <= meta["settings"].keys() or not {"name", "sha256"} <= meta["corpus"].keys():
+            raise ValueError("settings are missing")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, NotImplementedError, RuntimeError,
+            zipfile.BadZipFile, zlib.error) as error:
         raise Failure(f"{path} is not a checkpoint of this program, or it is damaged ({error})".replace("\n", " "))
-    if version != VERSION:
-        raise Failure(f"{path} has format version {version}, this program reads version {VERSION}")
     return meta, arrays
 
 
@@ -507,10 +512,18 @@ def train(args):
     memories = [None] * len(parts)
     step, best, log, before, loss_sum, loss_steps, norm = 0, math.inf, [], 0.0, 0.0, 0, 0.0
     if meta:
-        step, log, before = meta["step"], meta["log"], meta["seconds"]
-        best = math.inf if meta["best"] is None else meta["best"]
-        loss_sum, loss_steps = xp.asarray(meta["loss_sum"], dtype=model.dtype), meta["loss_steps"]
-        norm = meta["grad_norm"]
+        try:
+            step, log, before, loss_steps, norm = (meta[name] for name in (
+                "step", "log", "seconds", "loss_steps", "grad_norm"))
+            best = math.inf if meta["best"] is None else meta["best"]
+            loss_sum = xp.asarray(meta["loss_sum"], dtype=model.dtype)
+            adam.t = step
+            adam.m[...], adam.v[...] = xp.asarray(arrays["adam/m"]), xp.asarray(arrays["adam/v"])
+            if "memory/0" in arrays:
+                memory = [xp.asarray(arrays[f"memory/{i}"]) for i in range(model.config.n_layer)]
+                memories = [[layer[rows] for layer in memory] for rows in parts]
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise Failure(f"{args.out / 'checkpoint.npz'} cannot be resumed from, it is damaged or of another kind ({error})")
         if step > steps or step == steps and log and log[-1][0] == step:
             print(f"the run in {args.out} is at step {step} already; --steps N with a larger N trains on")
             return 0
@@ -521,6 +534,9 @@ def train(args):
             memories = [[layer[rows] for layer in memory] for rows in parts]
     try:
         args.out.mkdir(parents=True, exist_ok=True)
+        if not meta:
+            for name in ("checkpoint.npz", "best.npz", "log.csv"):       # what --overwrite replaces
+                (args.out / name).unlink(missing_ok=True)
         write_whole(args.out / "config.json", json.dumps(
             {"model": dataclasses.asdict(model.config), "settings": settings, "corpus": corpus}, indent=2).encode() + b"\n")
     except OSError as error:
@@ -534,8 +550,14 @@ def train(args):
         except OSError as error:
             raise Failure(f"cannot write {args.out / name}: {error.strerror}; the one before it is intact")
 
+    def check_finite():
+        if not math.isfinite(float(loss_sum)) or not math.isfinite(float(norm)):
+            raise Failure(f"the loss or its gradient is not finite at step {step}: start again with a lower --lr than "
+                          f"{lr:g}; {args.out / 'checkpoint.npz'}, if it exists, is the last good state")
+
     def save_all():
-        """Everything the next step depends on. (Random numbers and the place in the text follow from the step.)"""
+        """Everything the next step depends on. (Its place in the text and its random numbers follow from the step.)"""
+        check_finite()
         memory = {} if memories[0] is None else {
             f"memory/{i}": xp.concatenate([memory[i] for memory in memories]) for i in range(model.config.n_layer)}
         checkpoint("checkpoint.npz", {"best": best if best < math.inf else None, "log": log, "seconds": seconds(),
@@ -557,10 +579,8 @@ def train(args):
     while not stop:
         due = step > 0 and (step % settings["eval_every"] == 0 or step == steps)
         if (due or step > 0 and step % settings["log_every"] == 0) and not (log and log[-1][0] == step):
+            check_finite()
             mean_loss, grad_norm = float(loss_sum) / loss_steps, float(norm)
-            if not math.isfinite(mean_loss) or not math.isfinite(grad_norm):
-                raise Failure(f"the loss or its gradient is not finite at step {step}: start again with a lower --lr "
-                              f"than {lr:g}; {args.out / 'checkpoint.npz'}, if it exists, is the last good state")
             speed = (step - since_step) * batch_size * seq_len / (time.perf_counter() - since)
             val_loss = None
             if due:
@@ -619,7 +639,7 @@ def train(args):
 
 # %% 7. What a finished run is good for
 def trained(args):
-    """(meta, model) of the best checkpoint in args.out, or of the latest if none was evaluated."""
+    """(meta, model, memory length) of the best checkpoint in args.out, or of the latest if none was evaluated."""
     path = next((args.out / name for name in ("best.npz", "checkpoint.npz") if (args.out / name).exists()), None)
     if path is None:
         raise Failure(f"there is no checkpoint in {args.out}: train first, or name the run's directory with --out DIR")
@@ -695,6 +715,9 @@ def plot(args):
 def main(argv=None):
     """Run the command; returns the exit status."""
     args = parse_arguments(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")        # a terminal that cannot show a character shows a question mark
     try:
         use_device(args.device)
         keep_freed_memory()
@@ -717,9 +740,12 @@ def main(argv=None):
     except BrokenPipeError:                     # whoever read the output has closed it: `--generate … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        print(f"train_shakespeare.py: {error.filename or 'input or output'}: {error.strerror or error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
-        print(file=sys.stderr)
-        return 130
+        print(flush=True)
+        os._exit(130)                           # at once: threads that evaluate would be waited for
 
 
 if __name__ == "__main__":

@@ -28,9 +28,10 @@ back a key lies from a query, in contrast, does not depend on where the text was
 
 Where this differs from the paper: pre-norm layers are the default, post-norm is an option. Where it differs from the
 authors' code (github.com/kimiyoung/transformer-xl): the memory has n_layer entries, not n_layer + 1 (nothing attends to
-the last layer's output); `rel_shift` is a view; adaptive softmax and embeddings, which characters do not need, are left
-out. As in that code: u, v and W_r are each layer's own, embeddings are multiplied by sqrt(D), `clamp_len` and
-`same_length`. "labml" is the annotated implementation at nn.labml.ai/transformers/xl.
+the last layer's output); u and v are each layer's own, not shared by all; with `same_length` a query sees itself and
+mem_len keys, one more than there; R gets no dropout; `rel_shift` is a view; adaptive softmax and embeddings, which
+characters do not need, are left out. As there, embeddings are multiplied by sqrt(D). "labml" is the annotated
+implementation at nn.labml.ai/transformers/xl.
 
 Reading order: 1. the configuration   2. positions, and the relative shift   3. relative attention
                4. the layer   5. memory   6. the model   7. the loss   8. Adam   9. generation
@@ -357,8 +358,8 @@ class Layer:
 #     after              [ m m h h h h ]      the last M of both
 #
 # No parameter's shape depends on M, so a model trained with one memory length can be evaluated with another, longer one.
-# And evaluating a text is one pass over it: every token is computed once and still sees M or more tokens before it, where
-# a window slid by one token would be computed anew for every token predicted.
+# And evaluating a text is one pass over it: every token is computed once and yet sees (once memory is full, and without
+# `same_length`) M or more tokens before it, where a window slid by one token would be computed anew for each of them.
 
 def update_memory(memory, h, mem_len):
     """The last mem_len of [memory o h]: [B, M, D], [B, T, D] -> [B, min(M + T, mem_len), D], a new array."""
@@ -496,7 +497,7 @@ class Adam:
         self.t += 1
         g = xp.concatenate([xp.zeros(p.size, dtype=p.dtype) if p.grad is None else p.grad.reshape(-1)
                             for p in self.parameters])
-        norm = xp.sqrt(g @ g)
+        norm = xp.asarray(xp.sqrt(g @ g))
         if self.clip is not None:
             g *= xp.minimum(1.0, self.clip / (norm + 1e-12)).astype(g.dtype)
         # On the CPU in blocks that stay in the cache from one operation to the next, which halves the time.
@@ -559,8 +560,8 @@ def sample(logits, temperature, top_k, top_p, rng):
     if temperature == 0:
         return int(logits.argmax())
     order = numpy.argsort(-logits, kind="stable")[:top_k]           # likeliest first
-    scaled = logits[order].astype(numpy.float64) / temperature
-    p = numpy.exp(scaled - scaled.max())
+    logits = logits[order].astype(numpy.float64)
+    p = numpy.exp((logits - logits.max()) / temperature)
     p /= p.sum()
     if top_p is not None:
         p = p[:numpy.searchsorted(p.cumsum(), top_p) + 1]

@@ -28,7 +28,7 @@ def folder(tmp_path_factory):
 
 def run(folder, *arguments, status=0, **options):
     """The finished process of the command in `folder`; its exit status must be `status`."""
-    done = subprocess.run([sys.executable, str(SCRIPT), *map(str, arguments)], cwd=folder, capture_output=True, text=True,
+    done = subprocess.run([sys.executable, str(SCRIPT), *(a if isinstance(a, bytes) else str(a) for a in arguments)], cwd=folder, capture_output=True, text=True,
                           timeout=60, **options)
     assert done.returncode == status, done.stdout + done.stderr
     if status:
@@ -173,6 +173,35 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(folder):
     assert (a == b).all() and (a != c).any()
 
 
+def test_a_checkpoint_that_is_none_or_only_half_of_one_is_refused_in_one_line(folder, finished):
+    def spoiled(name, change):
+        (folder / name).mkdir(exist_ok=True)
+        state = arrays(folder / "run" / "checkpoint.npz")
+        meta = json.loads(state.pop("meta").item())
+        change(meta, state)
+        with open(folder / name / "checkpoint.npz", "wb") as file:
+            numpy.savez(file, meta=numpy.array(json.dumps(meta)), **state)
+        return run(folder, "--data", "text", "--out", name, "--resume", "--steps", "40", status=1).stderr
+    assert "format version 2" in spoiled("version", lambda meta, state: meta.update(version=2))
+    assert "cannot be resumed from" in spoiled("no-log", lambda meta, state: meta.pop("log"))
+    assert "cannot be resumed from" in spoiled("no-adam", lambda meta, state: state.pop("adam/m"))
+    assert "settings are missing" in spoiled("settings", lambda meta, state: meta["settings"].pop("lr"))
+    assert "vocabulary" in spoiled("vocabulary", lambda meta, state: meta.update(vocabulary="ab"))
+    assert "b_out is missing" in spoiled("parameter", lambda meta, state: state.pop("parameters/b_out"))
+    assert "not finite" in spoiled("nan", lambda meta, state: state["parameters/b_out"].fill(numpy.nan))
+    pickled = folder / "pickled"
+    pickled.mkdir(exist_ok=True)
+    with open(pickled / "checkpoint.npz", "wb") as file:
+        numpy.savez(file, meta=numpy.array([{"version": 1}], dtype=object))
+    assert "not a checkpoint" in run(folder, "--data", "text", "--out", "pickled", "--resume", status=1).stderr
+
+
+def test_overwriting_a_run_leaves_nothing_of_the_old_one(folder):
+    trained(folder, "old", 10)
+    trained(folder, "old", 5, "--overwrite", "--eval-every", "100")
+    assert json.loads(arrays(folder / "old" / "best.npz")["meta"].item())["step"] == 5
+
+
 # %% A trained model
 
 def test_eval_gives_the_loss_of_the_best_checkpoint(folder, finished):
@@ -190,11 +219,12 @@ def test_generate_continues_the_text_and_repeats_with_the_seed(folder, finished)
     first = text("--seed", "3")
     assert first.startswith("Citizen") and len(first) == 7 + 60 + 1
     assert first == text("--seed", "3") != text("--seed", "4")
-    assert text("--temperature", "0") == text("--top-k", "1") == text("--top-p", "1e-9")
+    assert text("--temperature", "0") == text("--top-k", "1") == text("--top-p", "1e-9") == text("--temperature", "1e-320")
 
 
 def test_generate_lists_characters_the_model_never_saw(folder, finished):
     assert "never saw '#', 'é'" in run(folder, "--out", "run", "--generate", "Cit#é", status=2).stderr
+    assert "never saw" in run(folder, "--out", "run", "--generate", b"\xff", status=2).stderr
 
 
 def test_plot_draws_the_curve_or_says_that_matplotlib_is_missing(folder, finished):

@@ -111,6 +111,7 @@ def cases():
         yield name, "0-d", f, [()]
         yield name, "size-1 axis", lambda x, f=f: f(x, axis=1), [(2, 1)]
     yield "sum", "size 0", lambda x: x.sum(axis=0), [(0, 3)]
+    yield "mean", "size 0 elsewhere", lambda x: x.mean(axis=1), [(0, 3)]
     yield "max", "size 0 elsewhere", lambda x: x.max(axis=1), [(0, 3)]
 
     matmul = a("matmul")
@@ -163,6 +164,8 @@ def cases():
     yield "normalise", "rows", a("normalise"), [(3, 4)]
     yield "normalise", "batch of sequences", a("normalise"), [(2, 3, 4)]
     yield "normalise", "one vector", a("normalise"), [(4,)]
+    yield "normalise", "empty rows", a("normalise"), [(3, 0)]
+    yield "log_softmax", "no rows", a("log_softmax"), [(0, 3)]
     yield "normalise", "no rows", a("normalise"), [(0, 4)]
     yield "layer_norm", "rows", a("layer_norm"), [(3, 4), (4,), (4,)]
     yield "layer_norm", "batch of sequences", a("layer_norm"), [(2, 3, 4), (4,), (4,)]

@@ -53,6 +53,24 @@ def test_integers_compute_as_in_numpy():
     assert (x * 2).numpy().tolist() == [2, 4, 6]
 
 
+def test_numbers_booleans_and_integers_where_arrays_are_expected():
+    assert (0.5 ** Tensor([1, 2])).numpy().tolist() == [0.5, 0.25]
+    assert autograd.add(1, 2).item() == 3 and autograd.exp(0).item() == 1.0
+    x, y = leaf([1.0, 2.0]), leaf([3.0, 4.0])
+    for condition, grads in [(True, ([1, 1], [0, 0])), ([True, False], ([1, 0], [0, 1])), (xp.asarray([0, 7]), ([0, 1], [1, 0]))]:
+        x.grad = y.grad = None
+        autograd.where(condition, x, y).sum().backward()
+        assert (to_numpy(x.grad).tolist(), to_numpy(y.grad).tolist()) == grads
+    assert not x.astype(xp.int64).requires_grad
+
+
+def test_a_quotient_in_float32_has_the_gradient_that_float32_can_hold():
+    for y in (1e-18, 1e25):
+        x = leaf([y], numpy.float32)
+        (Tensor(xp.asarray([y], dtype=xp.float32)) / x).sum().backward()
+        assert to_numpy(x.grad)[0] == pytest.approx(-1 / y, rel=1e-6)
+
+
 def test_float32_and_float64_do_not_mix():
     with pytest.raises(TypeError, match=r"multiply\(float32\[2\], float64\[2\]\).*astype"):
         leaf([1, 2], numpy.float32) * leaf([1, 2], numpy.float64)
