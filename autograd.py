@@ -37,10 +37,10 @@ class _ArrayLibrary:
     """
 
     def __init__(self):
-        self.library = numpy
+        self.module = numpy
 
     def __getattr__(self, name):
-        return getattr(self.library, name)
+        return getattr(self.module, name)
 
 
 xp = _ArrayLibrary()
@@ -57,7 +57,7 @@ def use_device(name):
     """
     if name not in ("cpu", "gpu"):
         raise ValueError(f"use_device: the device is 'cpu' or 'gpu', not {name!r}")
-    xp.library = numpy if name == "cpu" else _cupy()
+    xp.module = numpy if name == "cpu" else _cupy()
 
 
 def _cupy():

@@ -527,11 +527,6 @@ def train(args):
         if step > steps or step == steps and log and log[-1][0] == step:
             print(f"the run in {args.out} is at step {step} already; --steps N with a larger N trains on")
             return 0
-        adam.t = step
-        adam.m[...], adam.v[...] = xp.asarray(arrays["adam/m"]), xp.asarray(arrays["adam/v"])
-        if "memory/0" in arrays:
-            memory = [xp.asarray(arrays[f"memory/{i}"]) for i in range(model.config.n_layer)]
-            memories = [[layer[rows] for layer in memory] for rows in parts]
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         if not meta:

@@ -48,8 +48,8 @@ def full_memory(c, batch):
 
 
 def synchronise():
-    if hasattr(xp.library, "cuda"):
-        xp.library.cuda.get_current_stream().synchronize()
+    if hasattr(xp.module, "cuda"):
+        xp.module.cuda.get_current_stream().synchronize()
 
 
 def seconds_per_step(c, threads, steps, warmup):
@@ -135,7 +135,7 @@ def main():
     autograd.use_device(args.device)
     autograd.keep_freed_memory()
     threads = args.threads if args.device == "cpu" else 1
-    program = f"{xp.library.__name__} {xp.library.__version__}"
+    program = f"{xp.module.__name__} {xp.module.__version__}"
     header = None
     for name in args.configs or ["labml", "wide", "small", "medium"]:
         c = CONFIGS[name]

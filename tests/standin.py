@@ -161,8 +161,8 @@ class Library:
 @contextlib.contextmanager
 def installed():
     """Within the block `xp` is the stand-in library."""
-    before, autograd.xp.library = autograd.xp.library, Library()
+    before, autograd.xp.module = autograd.xp.module, Library()
     try:
         yield
     finally:
-        autograd.xp.library = before
+        autograd.xp.module = before

@@ -46,6 +46,15 @@ def test_adam_is_the_rule_written_out_by_hand(weight_decay, clip, eps):
     numpy.testing.assert_allclose(numpy.concatenate([p.numpy().ravel() for p in parameters.values()]), expected, rtol=1e-10)
 
 
+def test_a_model_longer_than_a_block_is_updated_to_its_last_element():
+    w = Tensor(xp.zeros(150_001), requires_grad=True)
+    adam = txl.Adam({"w": w}, lr=0.01)
+    for _ in range(2):
+        w.grad = xp.asarray(numpy.where(numpy.arange(150_001) % 2, 1.0, -3.0))
+        adam.step()
+    numpy.testing.assert_allclose(w.numpy(), numpy.where(numpy.arange(150_001) % 2, -0.02, 0.02), rtol=1e-6)
+
+
 def test_the_first_step_has_the_size_of_the_learning_rate_whatever_the_gradient():
     """That is the bias correction: without it the first step would be (1 - beta1) / sqrt(1 - beta2) of it."""
     for scale in (1e-3, 1.0, 1e3):

@@ -44,14 +44,14 @@ def test_operation_on_the_standin(f, inputs):
     """Value and gradients, bit for bit those of NumPy."""
     answers = []
     for device in (numpy, standin.Library()):
-        before, xp.library = xp.library, device
+        before, xp.module = xp.module, device
         try:
             operands = tensors(inputs)
             y = f(*operands)
             y.backward(xp.ones_like(y.data))
             answers.append([to_numpy(y.data)] + [to_numpy(x.grad) for x in operands])
         finally:
-            xp.library = before
+            xp.module = before
     for ours, numpys in zip(*reversed(answers)):
         numpy.testing.assert_array_equal(ours, numpys)
 
@@ -90,11 +90,11 @@ def everything(options, dtype=numpy.float64):
 def test_training_evaluation_and_generation_on_the_standin_are_those_of_numpy(options, dtype):
     with standin.installed():
         ours = everything(options, dtype)
-    before, xp.library = xp.library, numpy
+    before, xp.module = xp.module, numpy
     try:
         numpys = everything(options, dtype)
     finally:
-        xp.library = before
+        xp.module = before
     assert ours.keys() == numpys.keys()
     for name in ours:
         numpy.testing.assert_array_equal(ours[name], numpys[name], err_msg=name)
@@ -110,14 +110,14 @@ def test_gradient_check_on_the_standin(on_the_standin):
 def cuda_device():
     if importlib.util.find_spec("cupy") is None:
         return False
-    before = xp.library
+    before = xp.module
     try:
         use_device("gpu")
         return True
     except autograd.DeviceError:
         return False
     finally:
-        xp.library = before
+        xp.module = before
 
 
 @pytest.mark.skipif(not cuda_device(), reason="needs CuPy and a CUDA GPU")
@@ -125,13 +125,13 @@ def cuda_device():
 @pytest.mark.parametrize("options", OPTIONS[:4], ids=str)
 def test_cupy_agrees_with_numpy(options, dtype, rtol):
     """From one seed: the same weights, loss, every gradient and Adam's steps. (Dropout's random numbers differ.)"""
-    before, answers = xp.library, []
+    before, answers = xp.module, []
     try:
         for device in ("cpu", "gpu"):
             use_device(device)
             answers.append(everything(options, dtype))
     finally:
-        xp.library = before
+        xp.module = before
     for name, expected in answers[0].items():
         if name != "text":
             scale = numpy.abs(expected).max()
