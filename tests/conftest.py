@@ -12,6 +12,8 @@ for _variable in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"):
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
+import pytest
+
 import autograd
 
 
@@ -20,7 +22,10 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    autograd.use_device(config.getoption("--device"))
+    try:
+        autograd.use_device(config.getoption("--device"))
+    except autograd.DeviceError as error:
+        raise pytest.UsageError(str(error)) from None
 
 
 def pytest_report_header(config):

@@ -4,11 +4,7 @@ A CuPy array does not mix with a NumPy array and is not converted to one unless 
 refuse it. Code that passes device data to `numpy` by mistake works on the CPU and fails on the GPU. With this library
 in the place of `xp` it fails on any machine. What the arrays compute is NumPy's result, bit for bit.
 """
-import contextlib
-
 import numpy
-
-import autograd
 
 
 def refuse(value, where):
@@ -156,13 +152,3 @@ class Library:
         if isinstance(value, type) or not callable(value):
             return value                                # dtypes, constants, finfo
         return Function(value, transfers=name in ("asarray", "array"))
-
-
-@contextlib.contextmanager
-def installed():
-    """Within the block `xp` is the stand-in library."""
-    before, autograd.xp.module = autograd.xp.module, Library()
-    try:
-        yield
-    finally:
-        autograd.xp.module = before

@@ -1,8 +1,10 @@
 """The same code on another array library: nothing hands device data to NumPy, and the numbers are the same.
 
-On a machine with CuPy and a CUDA GPU `python -m pytest --device gpu` runs every test there, and the comparison of
-NumPy with CuPy below is not skipped. On any machine the stand-in of standin.py shows that no step mixes the two.
+On a machine with CuPy and a CUDA GPU the tests below that need it compare CuPy with NumPy; elsewhere they are reported as
+skipped. (`python -m pytest --device gpu` runs all the other files' tests there too.) On any machine the stand-in of
+standin.py shows that no step mixes the two.
 """
+import contextlib
 import importlib.util
 
 import numpy
@@ -12,15 +14,45 @@ import autograd
 import standin
 import txl
 from autograd import Tensor, check_gradients, to_numpy, use_device, xp
-from test_gradients import CASES, model_of, tensors, values
+from test_gradients import CASES, model_of, tensors
 from train_shakespeare import Streams, evaluate
 
 RNG = numpy.random.default_rng
 
 
+def cuda_device():
+    if importlib.util.find_spec("cupy") is None:
+        return False
+    before = xp.module
+    try:
+        use_device("gpu")
+        return True
+    except autograd.DeviceError:
+        return False
+    finally:
+        xp.module = before
+
+
+needs_gpu = pytest.mark.skipif(not cuda_device(), reason="needs CuPy and a CUDA GPU")
+
+
+@contextlib.contextmanager
+def device(name):
+    """Within the block `xp` is NumPy ("cpu"), CuPy ("gpu") or the stand-in ("standin")."""
+    before = xp.module
+    try:
+        if name == "standin":
+            xp.module = standin.Library()
+        else:
+            use_device(name)
+        yield
+    finally:
+        xp.module = before
+
+
 @pytest.fixture
 def on_the_standin():
-    with standin.installed():
+    with device("standin"):
         yield
 
 
@@ -39,21 +71,40 @@ def test_the_standin_refuses_what_cupy_refuses(on_the_standin):
 
 # %% Every operation, and everything the command does
 
-@pytest.mark.parametrize("f, inputs", [case[2:] for case in CASES], ids=[f"{name}: {what}" for name, what, *_ in CASES])
+def value_and_gradients(f, inputs):
+    operands = tensors(inputs)
+    y = f(*operands)
+    y.backward(xp.ones_like(y.data))
+    return [to_numpy(y.data)] + [to_numpy(x.grad) for x in operands]
+
+
+every_case = pytest.mark.parametrize("f, inputs", [case[2:] for case in CASES],
+                                     ids=[f"{name}: {what}" for name, what, *_ in CASES])
+
+
+@every_case
 def test_operation_on_the_standin(f, inputs):
     """Value and gradients, bit for bit those of NumPy."""
-    answers = []
-    for device in (numpy, standin.Library()):
-        before, xp.module = xp.module, device
-        try:
-            operands = tensors(inputs)
-            y = f(*operands)
-            y.backward(xp.ones_like(y.data))
-            answers.append([to_numpy(y.data)] + [to_numpy(x.grad) for x in operands])
-        finally:
-            xp.module = before
-    for ours, numpys in zip(*reversed(answers)):
-        numpy.testing.assert_array_equal(ours, numpys)
+    with device("cpu"):
+        numpys = value_and_gradients(f, inputs)
+    with device("standin"):
+        ours = value_and_gradients(f, inputs)
+    for mine, expected in zip(ours, numpys):
+        numpy.testing.assert_array_equal(mine, expected)
+
+
+@needs_gpu
+@every_case
+def test_operation_on_the_gpu(f, inputs, request):
+    """Finite differences on the GPU, and NumPy's value and gradients (but for dropout, whose random numbers differ)."""
+    with device("gpu"):
+        check_gradients(f, tensors(inputs))
+        ours = value_and_gradients(f, inputs)
+    if "dropout" not in request.node.name:
+        with device("cpu"):
+            numpys = value_and_gradients(f, inputs)
+        for mine, expected in zip(ours, numpys):
+            numpy.testing.assert_allclose(mine, expected, rtol=1e-10, atol=1e-12)
 
 
 OPTIONS = [dict(), dict(positions="learned", clamp_len=6), dict(pre_norm=False, tie_weights=True),
@@ -88,13 +139,10 @@ def everything(options, dtype=numpy.float64):
 @pytest.mark.parametrize("dtype", [numpy.float32, numpy.float64])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_training_evaluation_and_generation_on_the_standin_are_those_of_numpy(options, dtype):
-    with standin.installed():
+    with device("standin"):
         ours = everything(options, dtype)
-    before, xp.module = xp.module, numpy
-    try:
+    with device("cpu"):
         numpys = everything(options, dtype)
-    finally:
-        xp.module = before
     assert ours.keys() == numpys.keys()
     for name in ours:
         numpy.testing.assert_array_equal(ours[name], numpys[name], err_msg=name)
@@ -107,31 +155,15 @@ def test_gradient_check_on_the_standin(on_the_standin):
 
 # %% CuPy itself
 
-def cuda_device():
-    if importlib.util.find_spec("cupy") is None:
-        return False
-    before = xp.module
-    try:
-        use_device("gpu")
-        return True
-    except autograd.DeviceError:
-        return False
-    finally:
-        xp.module = before
-
-
-@pytest.mark.skipif(not cuda_device(), reason="needs CuPy and a CUDA GPU")
+@needs_gpu
 @pytest.mark.parametrize("dtype, rtol", [(numpy.float64, 1e-10), (numpy.float32, 1e-4)], ids=["float64", "float32"])
 @pytest.mark.parametrize("options", OPTIONS[:4], ids=str)
 def test_cupy_agrees_with_numpy(options, dtype, rtol):
     """From one seed: the same weights, loss, every gradient and Adam's steps. (Dropout's random numbers differ.)"""
-    before, answers = xp.module, []
-    try:
-        for device in ("cpu", "gpu"):
-            use_device(device)
+    answers = []
+    for name in ("cpu", "gpu"):
+        with device(name):
             answers.append(everything(options, dtype))
-    finally:
-        xp.module = before
     for name, expected in answers[0].items():
         if name != "text":
             scale = numpy.abs(expected).max()
