@@ -277,6 +277,14 @@ def encode(text, vocabulary):
     return ids
 
 
+def split(tokens):
+    """(training tokens, held-out tokens): the first nine tenths and the rest."""
+    training, held_out = numpy.split(tokens, [int(0.9 * len(tokens))])
+    if len(held_out) < 2:
+        raise Failure(f"the text has {len(tokens)} characters; the held-out tenth needs at least 2")
+    return training, held_out
+
+
 class Streams:
     """The training text as batch_size contiguous streams, read segment by segment.
 
@@ -503,9 +511,7 @@ def train(args):
     settings, model, corpus, vocabulary, tokens, (meta, arrays) = start_or_resume(args)
     steps, lr, batch_size, seq_len = (settings[name] for name in ("steps", "lr", "batch_size", "seq_len"))
     eval_mem_len = settings["mem_len"] if settings["eval_mem_len"] is None else settings["eval_mem_len"]
-    train_tokens, val_tokens = numpy.split(tokens, [int(0.9 * len(tokens))])
-    if len(val_tokens) < 2:
-        raise Failure(f"the text has {len(tokens)} characters; the held-out tenth needs at least 2")
+    train_tokens, val_tokens = split(tokens)
     streams = Streams(train_tokens, batch_size, seq_len, settings["seed"])
     adam = Adam(model.parameters(), betas=(0.9, 0.99), weight_decay=0.1, clip=1.0)
     parts = row_parts(batch_size, 1 if args.device == "gpu" else args.threads)
@@ -652,9 +658,7 @@ def evaluate_run(args):
     if corpus["sha256"] != meta["corpus"]["sha256"]:
         print(f"note: the run in {args.out} was trained on {meta['corpus']['name']}, this is {corpus['name']}",
               file=sys.stderr)
-    held_out = encode(text, meta["vocabulary"])[int(0.9 * len(text)):]
-    if len(held_out) < 2:
-        raise Failure(f"the text has {len(text)} characters; the held-out tenth needs at least 2")
+    _, held_out = split(encode(text, meta["vocabulary"]))
     settings = meta["settings"]
     began = time.perf_counter()
     nats = evaluate(model, held_out, args.batch_size or settings["batch_size"], args.seq_len or settings["seq_len"],

@@ -285,7 +285,6 @@ def test_a_machine_without_a_gpu_gets_one_sentence(folder):
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(folder):
     trained(folder, "diverged", 10)
-    before = (folder / "diverged" / "checkpoint.npz").read_bytes()
     state = arrays(folder / "diverged" / "checkpoint.npz")
     state["adam/v"][...] = -1.0                                           # the next update takes the root of it
     with open(folder / "diverged" / "checkpoint.npz", "wb") as file:
