@@ -11,7 +11,7 @@ That is reverse mode, and this file is all of it:
     2. the graph       Tensor, what an operation leaves behind for the way back, and backward()
     3. the operations  forward and gradient side by side, from addition to layer normalisation
     4. the notation    NumPy's operators on Tensor
-    5. the threads     several graphs at once, one for each part of a batch
+    5. the workers     several graphs at once, one for each part of a batch
     6. the proof       check_gradients: every gradient against finite differences
 
 Throughout, `g` is the gradient of the loss with respect to an operation's result y, an array of y's shape, and
@@ -23,6 +23,10 @@ import contextlib
 import functools
 import itertools
 import math
+import mmap
+import multiprocessing
+import signal
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -96,13 +100,12 @@ def keep_freed_memory():
     (with this a training step of the default model takes 0.88 of the time). Without glibc this does nothing.
     """
     import ctypes
-    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8     # <malloc.h>
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3         # <malloc.h>
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
         # Older releases refuse more than 32 MiB (mallopt then returns 0).
         if libc.mallopt(M_MMAP_THRESHOLD, 1 << 30) or libc.mallopt(M_MMAP_THRESHOLD, 1 << 25):
             libc.mallopt(M_TRIM_THRESHOLD, 1 << 30)
-        libc.mallopt(M_ARENA_MAX, 1)
 
 
 # %% 2. The graph
@@ -297,6 +300,20 @@ def result(data, *edges):
         tensor._edges = tuple([edge for edge in edges if isinstance(edge[0], Tensor) and edge[0].requires_grad])
     tensor.requires_grad = bool(tensor._edges)
     return tensor
+
+
+def once(function):
+    """`function` of g, computed at the first call only: for what the gradients of several operands have in common.
+
+    (A graph is walked backwards once, so there is one g.)
+    """
+    values = []
+
+    def shared(g):
+        if not values:
+            values.append(function(g))
+        return values[0]
+    return shared
 
 
 def arrays(*operands):
@@ -562,38 +579,44 @@ def matmul(a, b):
 
 
 @op
-def linear(a, weight, bias, gain=None, shift=None):
+def linear(a, weight, bias, gain=None, shift=None, before=None):
     """(a * gain + shift) @ weight + bias for a [..., n], gain and shift [n] (or neither), weight [n, m], bias [m].
 
     gain and shift are those of a layer normalisation. They join the weights, (a gain + shift) W = a (gain W) + shift W,
     so that they meet one small matrix instead of every row. And their gradients follow from a^T g, which W's needs
     anyway, instead of from g (gain W)^T, the gradient of the rows: where a is a constant, that product is not computed.
+
+    before   an array of constants to which a is appended along axis 1: they share the product, and get no gradient
     """
     x, w, b = arrays(a, weight, bias)
-    n, m = w.shape
-    flat = x.reshape(math.prod(x.shape[:-1]), n)
-    scaled = w
+    shape, first = x.shape, 0
+    if before is not None:
+        x, first = xp.concatenate([before, x], axis=1), before.shape[1]
+    rows, (n, m) = math.prod(x.shape[:-1]), w.shape
+    flat, scaled = x.reshape(rows, n), w
     if gain is not None:
         _, gain_column, shift_row = arrays(x, gain, shift)
         gain_column = gain_column.reshape(n, 1)
         scaled, b = gain_column * w, shift_row @ w + b
     y = flat @ scaled
     y += b
-    products, sums = [], []         # a^T g and the sum of g over the rows, for whichever gradient is asked for first
 
+    @once
     def product(g):
-        products or products.append(flat.T @ g.reshape(y.shape))
-        return products[0]
+        return flat.T @ g.reshape(rows, m)
 
+    @once
     def total(g):
-        sums or sums.append(xp.ones(len(y), dtype=y.dtype) @ g.reshape(y.shape))
-        return sums[0]
-    edges = [(a, lambda g: (g.reshape(y.shape) @ scaled.T).reshape(x.shape)), (bias, total)]
+        return xp.ones(rows, dtype=w.dtype) @ g.reshape(rows, m)
+
+    def gradient(g):
+        return ((g[:, first:] if first else g).reshape(math.prod(shape[:-1]), m) @ scaled.T).reshape(shape)
+    edges = [(a, gradient), (bias, total)]
     if gain is None:
         edges += [(weight, product)]
     else:
         edges += [(weight, lambda g: gain_column * product(g) + shift_row[:, None] * total(g)),
-                  (gain, lambda g: _row_dots(product(g), w).reshape(n)), (shift, lambda g: w @ total(g))]
+                  (gain, lambda g: row_dots(product(g), w).reshape(n)), (shift, lambda g: w @ total(g))]
     return result(y.reshape(x.shape[:-1] + (m,)), *edges)
 
 
@@ -626,13 +649,13 @@ def embedding(table, ids):
 #
 # Sums over a short last axis are slow in NumPy; a product with a vector of ones takes a fifth of the time.
 
-def _row_sums(x):
+def row_sums(x):
     """Sum over the last axis, which stays with size 1."""
     n = x.shape[-1]
     return (x.reshape(math.prod(x.shape[:-1]), n) @ xp.ones(n, dtype=x.dtype)).reshape(x.shape[:-1] + (1,))
 
 
-def _row_dots(x, y):
+def row_dots(x, y):
     """sum_j x[..., j] y[..., j], without an array for the products; the last axis stays with size 1."""
     return xp.einsum("...j,...j->...", x, y)[..., None]
 
@@ -649,10 +672,10 @@ def softmax(a, mask=None):
         x = x + xp.where(mask, -xp.inf, 0.0).astype(x.dtype)
     y = x - xp.maximum(x.max(axis=-1, keepdims=True), limits.min)
     xp.exp(y, out=y)
-    y /= xp.maximum(_row_sums(y), limits.tiny)
+    y /= xp.maximum(row_sums(y), limits.tiny)
 
     def gradient(g):
-        h = g - _row_dots(g, y)
+        h = g - row_dots(g, y)
         h *= y
         return h
     return result(y, (a, gradient))
@@ -663,8 +686,8 @@ def log_softmax(a):
     """log softmax(x) = x - log sum_j exp(x[j]) over the last axis. Back: dL/dx[i] = g[i] - softmax(x)[i] sum_j g[j]."""
     x, = arrays(a)
     y = x - x.max(axis=-1, keepdims=True)
-    y -= xp.log(_row_sums(xp.exp(y)))
-    return result(y, (a, lambda g: g - xp.exp(y) * _row_sums(g)))
+    y -= xp.log(row_sums(xp.exp(y)))
+    return result(y, (a, lambda g: g - xp.exp(y) * row_sums(g)))
 
 
 @op
@@ -703,14 +726,14 @@ def normalise(a, eps=1e-5):
     """Every row (last axis) shifted to mean 0 and scaled to variance 1."""
     x, = arrays(a)
     n = x.shape[-1] or 1
-    z = x - _row_sums(x) / n
-    s = 1 / xp.sqrt(_row_dots(z, z) / n + eps)
+    z = x - row_sums(x) / n
+    s = 1 / xp.sqrt(row_dots(z, z) / n + eps)
     z *= s
 
     def gradient(g):
-        h = z * (_row_dots(g, z) / -n)
+        h = z * (row_dots(g, z) / -n)
         h += g
-        h -= _row_sums(g) / n
+        h -= row_sums(g) / n
         h *= s
         return h
     return result(z, (a, gradient))
@@ -753,36 +776,97 @@ Tensor.transpose = lambda self, *axes: transpose(self, axes or None)
 Tensor.T = property(transpose)
 
 
-# %% 5. The threads
-# NumPy works on one core at a time in everything but large matrix products, and it lets go of Python's lock while it
-# does. So the rows of a batch are divided among threads, each building and walking a graph of its own.
+# %% 5. The workers
+# NumPy works on one core at a time in everything but large matrix products. So the rows of a batch are divided among
+# processes: copies of this one, made by fork, each of which builds and walks a graph of its own. (Threads would do
+# without copies, but they take turns at Python's lock: two threads need 1.2 to 2.4 times as long as two processes.)
 
-@functools.cache
-def _pool(workers):
-    return ThreadPoolExecutor(workers)
-
-
-def in_threads(function, parts):
-    """[function(part) for part in parts], each in a thread of its own where there are several."""
-    if len(parts) == 1:
-        return [function(parts[0])]
-    return list(_pool(len(parts)).map(function, parts))
+def shared_zeros(shape, dtype):
+    """An array of zeros that processes forked from this one see as well: what one of them writes, all read."""
+    if xp.module is not numpy:
+        return xp.zeros(shape, dtype=dtype)             # on a GPU there is one process
+    size = math.prod(shape) * numpy.dtype(dtype).itemsize
+    return numpy.frombuffer(mmap.mmap(-1, size or 1), dtype=dtype, count=math.prod(shape)).reshape(shape)
 
 
-def backward_in_threads(function, parts):
-    """Forward and backward for each part; `function(part)` returns (scalar loss Tensor, anything else).
+class Workers:
+    """Calls a function for several parts at once: the first in this process, each other in a fork of it.
 
-    Returns the losses (0-d arrays) and the rest, two lists. The gradients are added to `.grad` of the leaves in the
-    order of `parts`, not in the order in which the threads finish: the same parts give the same bits.
+        with Workers([rows_0, rows_1], [evaluate]) as workers:
+            losses = workers(evaluate, mem_len)         # [evaluate(rows_0, mem_len), evaluate(rows_1, mem_len)]
+
+    The processes start with everything there is when Workers(…) is called and stay until close(), so a function finds
+    what its earlier call for the same part left behind. What it changes stays in its process, except in arrays of
+    `shared_zeros`; arguments and results travel through a pipe. An exception of a part is raised here, once all parts
+    have answered; a process that ends before its answer is a RuntimeError. Where there is no fork (only Linux's is used)
+    the parts run in threads.
     """
-    def run(part):
-        loss, rest = function(part)
-        return loss.data, leaf_gradients(loss), rest
 
-    losses, gradients, rests = zip(*in_threads(run, parts))
-    for leaves in gradients:
-        accumulate(leaves)
-    return list(losses), list(rests)
+    def __init__(self, parts, functions):
+        self.parts, self.functions, self.processes, self.pipes, self.threads = list(parts), list(functions), [], [], None
+        if len(self.parts) > 1 and not sys.platform.startswith("linux"):
+            self.threads = ThreadPoolExecutor(len(self.parts))
+            return
+        fork = multiprocessing.get_context("fork")
+        for part in self.parts[1:]:
+            pipe, its_pipe = fork.Pipe()
+            self.pipes.append(pipe)
+            process = fork.Process(target=self._serve, args=(part, its_pipe), daemon=True)
+            process.start()
+            its_pipe.close()
+            self.processes.append(process)
+
+    def _serve(self, part, pipe):
+        """The life of a forked process: answer until the pipe is closed at the other end."""
+        signal.signal(signal.SIGINT, signal.SIG_IGN)    # Ctrl-C is for the first process, which then closes the pipes
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for other in self.pipes:
+            other.close()
+        with contextlib.suppress(EOFError, OSError):
+            while True:
+                function, arguments = pipe.recv()
+                try:
+                    answer = self.functions[function](part, *arguments), None
+                except Exception as error:
+                    answer = None, error
+                pipe.send(answer)
+
+    def __call__(self, function, *arguments):
+        """[function(part, *arguments) for part in parts]; `function` is one of those given at the start."""
+        if self.threads:
+            return list(self.threads.map(lambda part: function(part, *arguments), self.parts))
+        number = self.functions.index(function)
+        for pipe in self.pipes:
+            pipe.send((number, arguments))
+        answers = []
+        try:
+            answers.append((function(self.parts[0], *arguments), None))
+        except Exception as error:
+            answers.append((None, error))
+        for pipe in self.pipes:
+            try:
+                answers.append(pipe.recv())
+            except (EOFError, OSError) as error:
+                raise RuntimeError("a worker process ended unexpectedly (out of memory?)") from error
+        for _, error in answers:
+            if error is not None:
+                raise error
+        return [answer for answer, _ in answers]
+
+    def close(self):
+        """End the processes, also in the middle of their work."""
+        for process, pipe in zip(self.processes, self.pipes):
+            pipe.close()
+            process.kill()
+            process.join()
+        if self.threads:
+            self.threads.shutdown()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.close()
 
 
 # %% 6. The proof

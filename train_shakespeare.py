@@ -28,6 +28,7 @@ import http.client
 import io
 import json
 import math
+import multiprocessing
 import pathlib
 import re
 import shutil
@@ -42,8 +43,8 @@ import zlib
 
 import numpy
 
-from autograd import (DeviceError, backward_in_threads, in_threads, keep_freed_memory, log_softmax, no_grad, to_numpy,
-                      use_device, xp)
+from autograd import (DeviceError, Workers, keep_freed_memory, leaf_gradients, log_softmax, no_grad, to_numpy, use_device,
+                      xp)
 from txl import Adam, Config, TransformerXL, generate, loss_and_memory, warmup_cosine
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -315,7 +316,7 @@ class Streams:
         if epoch != self.epoch:
             start = int(numpy.random.default_rng([self.seed, epoch]).integers(self.seq_len))
             rows = self.tokens[start:start + self.batch_size * self.length].reshape(self.batch_size, self.length)
-            self.epoch, self.rows = epoch, xp.asarray(rows)       # on the device, once an epoch
+            self.rows, self.epoch = xp.asarray(rows), epoch       # on the device, once an epoch
         at = n * self.seq_len
         return self.rows[:, at:at + self.seq_len], self.rows[:, at + 1:at + self.seq_len + 1], n == 0
 
@@ -346,13 +347,15 @@ def evaluate(model, tokens, batch_size, seq_len, mem_len, threads, stopped=lambd
                 nats = nats - (log_p * count[:, at:at + seq_len]).sum(dtype=numpy.float64)
         return nats
 
-    nats = [float(part) for part in in_threads(total, row_parts(batch_size, threads))]
+    with Workers(row_parts(batch_size, threads), [total]) as workers:
+        nats = [float(part) for part in workers(total)]
     return None if stopped() else math.fsum(nats) / n
 
 
 def row_parts(batch_size, threads):
-    """Row indices of a batch, divided among threads as evenly as it goes: a list of slices."""
-    edges = numpy.linspace(0, batch_size, min(threads, batch_size) + 1).astype(int)
+    """Row indices of a batch, divided among workers as evenly as it goes: a list of slices. A GPU takes all at once."""
+    parts = min(threads, batch_size) if xp.module is numpy else 1
+    edges = numpy.linspace(0, batch_size, parts + 1).astype(int)
     return [slice(int(a), int(b)) for a, b in zip(edges, edges[1:])]
 
 
@@ -434,17 +437,17 @@ class Stop:
     """Ctrl-C and SIGTERM ask training to finish the step and write the checkpoint; the second one ends it at once."""
 
     def __init__(self):
-        self.signal = None
+        self.asked = multiprocessing.RawValue("i")      # the signal's number, or 0; worker processes see it too
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.ask)
 
     def ask(self, number, frame):
-        self.signal = number
+        self.asked.value = number
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
 
     def __bool__(self):
-        return self.signal is not None
+        return self.asked.value != 0
 
 
 class Screen:
@@ -513,9 +516,9 @@ def train(args):
     eval_mem_len = settings["mem_len"] if settings["eval_mem_len"] is None else settings["eval_mem_len"]
     train_tokens, val_tokens = split(tokens)
     streams = Streams(train_tokens, batch_size, seq_len, settings["seed"])
-    adam = Adam(model.parameters(), betas=(0.9, 0.99), weight_decay=0.1, clip=1.0)
-    parts = row_parts(batch_size, 1 if args.device == "gpu" else args.threads)
-    memories = [None] * len(parts)
+    parts = row_parts(batch_size, args.threads)
+    adam = Adam(model.parameters(), betas=(0.9, 0.99), weight_decay=0.1, clip=1.0, parts=len(parts))
+    memories = [None] * len(parts)          # each process keeps the memory of its own part
     step, best, log, before, loss_sum, loss_steps, norm = 0, math.inf, [], 0.0, 0.0, 0, 0.0
     if meta:
         try:
@@ -559,8 +562,9 @@ def train(args):
     def save_all():
         """Everything the next step depends on. (Its place in the text and its random numbers follow from the step.)"""
         check_finite()
-        memory = {} if memories[0] is None else {
-            f"memory/{i}": xp.concatenate([memory[i] for memory in memories]) for i in range(model.config.n_layer)}
+        memory = {}
+        if memories[0] is not None:
+            memory = {f"memory/{i}": xp.concatenate(layers) for i, layers in enumerate(zip(*workers(memory_of)))}
         checkpoint("checkpoint.npz", {"best": best if best < math.inf else None, "log": log, "seconds": seconds(),
                                       "loss_sum": float(loss_sum), "loss_steps": loss_steps, "grad_norm": float(norm)},
                    {**parameter_arrays(model), **memory, "adam/m": adam.m, "adam/v": adam.v})
@@ -571,64 +575,66 @@ def train(args):
     def seconds():
         return before + time.perf_counter() - began
 
+    def forward_backward(part, step):
+        """Loss of some rows of the batch, weighted with their share of it; its gradients go to Adam."""
+        tokens, targets, fresh = streams.segment(step)
+        rows, memory = parts[part], None if fresh else memories[part]
+        generator = xp.random.default_rng([settings["seed"], step, part]) if settings["dropout"] else None
+        loss, memories[part] = loss_and_memory(model, tokens[rows], targets[rows], memory, generator)
+        loss = loss * ((rows.stop - rows.start) / batch_size)
+        adam.collect(part, leaf_gradients(loss))
+        return loss.data
+
+    def memory_of(part):
+        return memories[part]
+
     screen, stop = Screen(), Stop()
     screen.line(f"corpus: {corpus['name']}, {corpus['characters']:,} characters, {len(vocabulary)} different")
     screen.line(f"model: {adam.value.size:,} parameters; {batch_size} x {seq_len} characters a step, memory "
                 f"{settings['mem_len']}; run in {args.out}" + (f", resumed at step {step}" if step else ""))
     began, began_step = time.perf_counter(), step
     since, since_step = began, step
-    while not stop:
-        due = step > 0 and (step % settings["eval_every"] == 0 or step == steps)
-        if (due or step > 0 and step % settings["log_every"] == 0) and not (log and log[-1][0] == step):
-            check_finite()
-            mean_loss, grad_norm = float(loss_sum) / loss_steps, float(norm)
-            speed = (step - since_step) * batch_size * seq_len / (time.perf_counter() - since)
-            val_loss = None
-            if due:
-                val_loss = evaluate(model, val_tokens, batch_size, seq_len, eval_mem_len, len(parts), lambda: bool(stop))
-                if val_loss is None:
-                    break                   # stopped while evaluating; the resumed run begins with this evaluation
-            loss_sum, loss_steps = 0.0, 0
-            left = (time.perf_counter() - began) / (step - began_step or 1) * (steps - step)
-            log.append([step, round(mean_loss, 6), val_loss and round(val_loss, 6), rate(step - 1), round(grad_norm, 6),
-                        round(speed, 1), round(seconds(), 2)])
-            screen.line(f"step {step:5}/{steps}  loss {mean_loss:.4f}" + (f"  val {val_loss:.4f}" if due else "")
-                        + f"  lr {rate(step - 1):.2e}  norm {grad_norm:.2f}  {speed:,.0f} tokens/s  {clock(left)} left", keep=due)
-            write_log(args.out / "log.csv", log)
-            if due:
-                if val_loss < best:
-                    best = val_loss
-                    checkpoint("best.npz", {"val_loss": val_loss}, parameter_arrays(model))
-                save_all()
-                if step < steps and not stop:
-                    sample = generate(model, encode(vocabulary[:1], vocabulary), 160, 0.8, mem_len=eval_mem_len)
-                    screen.line("    " + "".join(vocabulary[t] for t in sample).strip().replace("\n", "\n    "))
-            since, since_step = time.perf_counter(), step
-        if step >= steps:
-            break
+    with Workers(range(len(parts)), [forward_backward, memory_of, adam.add_up, adam.update]) as workers:
+        while not stop:
+            due = step > 0 and (step % settings["eval_every"] == 0 or step == steps)
+            if (due or step > 0 and step % settings["log_every"] == 0) and not (log and log[-1][0] == step):
+                check_finite()
+                mean_loss, grad_norm = float(loss_sum) / loss_steps, float(norm)
+                speed = (step - since_step) * batch_size * seq_len / (time.perf_counter() - since)
+                val_loss = None
+                if due:
+                    val_loss = evaluate(model, val_tokens, batch_size, seq_len, eval_mem_len, args.threads, lambda: bool(stop))
+                    if val_loss is None:
+                        break                   # stopped while evaluating; the resumed run begins with this evaluation
+                loss_sum, loss_steps = 0.0, 0
+                left = (time.perf_counter() - began) / (step - began_step or 1) * (steps - step)
+                log.append([step, round(mean_loss, 6), val_loss and round(val_loss, 6), rate(step - 1), round(grad_norm, 6),
+                            round(speed, 1), round(seconds(), 2)])
+                screen.line(f"step {step:5}/{steps}  loss {mean_loss:.4f}" + (f"  val {val_loss:.4f}" if due else "")
+                            + f"  lr {rate(step - 1):.2e}  norm {grad_norm:.2f}  {speed:,.0f} tokens/s  {clock(left)} left", keep=due)
+                write_log(args.out / "log.csv", log)
+                if due:
+                    if val_loss < best:
+                        best = val_loss
+                        checkpoint("best.npz", {"val_loss": val_loss}, parameter_arrays(model))
+                    save_all()
+                    if step < steps and not stop:
+                        sample = generate(model, encode(vocabulary[:1], vocabulary), 160, 0.8, mem_len=eval_mem_len)
+                        screen.line("    " + "".join(vocabulary[t] for t in sample).strip().replace("\n", "\n    "))
+                since, since_step = time.perf_counter(), step
+            if step >= steps:
+                break
 
-        tokens, targets, fresh = streams.segment(step)
-        if fresh:
-            memories = [None] * len(parts)
+            losses = workers(forward_backward, step)
+            norm = adam.step(rate(step), workers)
+            step, loss_steps = step + 1, loss_steps + 1
+            for loss in losses:
+                loss_sum = loss_sum + loss
 
-        def part_loss(part):
-            """Loss of some rows of the batch, weighted with their share of it, and their new memory."""
-            rows, memory = parts[part], memories[part]
-            generator = xp.random.default_rng([settings["seed"], step, part]) if settings["dropout"] else None
-            loss, memory = loss_and_memory(model, tokens[rows], targets[rows], memory, generator)
-            return loss * ((rows.stop - rows.start) / batch_size), memory
-
-        losses, memories = backward_in_threads(part_loss, range(len(parts)))
-        norm = adam.step(rate(step))
-        adam.zero_grad()
-        step, loss_steps = step + 1, loss_steps + 1
-        for loss in losses:
-            loss_sum = loss_sum + loss
-
-    if stop:
-        save_all()
-        screen.line(f"stopped at step {step}; {args.out / 'checkpoint.npz'} is written: --resume continues")
-        return 128 + stop.signal
+        if stop:
+            save_all()
+            screen.line(f"stopped at step {step}; {args.out / 'checkpoint.npz'} is written: --resume continues")
+            return 128 + stop.asked.value
     val_loss = log[-1][2]
     screen.line(f"validation loss {figures(val_loss)} after {step} steps, {clock(seconds())}")
     if best < val_loss:
@@ -662,7 +668,7 @@ def evaluate_run(args):
     settings = meta["settings"]
     began = time.perf_counter()
     nats = evaluate(model, held_out, args.batch_size or settings["batch_size"], args.seq_len or settings["seq_len"],
-                    mem_len, args.threads if args.device == "cpu" else 1)
+                    mem_len, args.threads)
     speed = (len(held_out) - 1) / (time.perf_counter() - began)
     print(f"step {meta['step']}, memory {mem_len}: {figures(nats)}; {len(held_out) - 1:,} characters of "
           f"{corpus['name']}, {speed:,.0f} a second")
@@ -744,7 +750,7 @@ def main(argv=None):
         return 1
     except KeyboardInterrupt:
         print(flush=True)
-        os._exit(130)                           # at once: threads that evaluate would be waited for
+        os._exit(130)                           # at once, without waiting for threads
 
 
 if __name__ == "__main__":

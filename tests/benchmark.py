@@ -26,7 +26,7 @@ import numpy
 
 import autograd
 import txl
-from autograd import backward_in_threads, in_threads, xp
+from autograd import Workers, leaf_gradients, xp
 from train_shakespeare import row_parts
 
 CONFIGS = {
@@ -52,28 +52,30 @@ def synchronise():
         xp.module.cuda.get_current_stream().synchronize()
 
 
-def seconds_per_step(c, threads, steps, warmup):
-    """Median time of a training step."""
-    model, times = model_of(c), []
-    adam = txl.Adam(model.parameters(), lr=1e-4, clip=1.0)
+def time_steps(c, threads, steps, warmup):
+    """(median seconds of a training step, best rate of matrix products, peak memory in MiB) with that many workers."""
+    model = model_of(c)
     parts = row_parts(c["batch"], threads)
+    adam = txl.Adam(model.parameters(), lr=1e-4, clip=1.0, parts=len(parts))
     memories = [full_memory(c, rows.stop - rows.start) for rows in parts]
-    rng = numpy.random.default_rng(0)
-    for _ in range(warmup + steps):
-        tokens, targets = (xp.asarray(rng.integers(c["vocab"], size=(c["batch"], c["seq_len"]))) for _ in range(2))
-        synchronise()
-        start = time.perf_counter()
+    batches = numpy.random.default_rng(0).integers(c["vocab"], size=(warmup + steps, 2, c["batch"], c["seq_len"]))
 
-        def part_loss(part):
-            rows = parts[part]
-            loss, memory = txl.loss_and_memory(model, tokens[rows], targets[rows], memories[part])
-            return loss * ((rows.stop - rows.start) / c["batch"]), memory
-        _, memories = backward_in_threads(part_loss, range(len(parts)))
-        adam.step()
-        adam.zero_grad()
-        synchronise()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[warmup:])
+    def forward_backward(part, step):
+        rows, (tokens, targets) = parts[part], xp.asarray(batches[step])
+        loss, memories[part] = txl.loss_and_memory(model, tokens[rows], targets[rows], memories[part])
+        adam.collect(part, leaf_gradients(loss * ((rows.stop - rows.start) / c["batch"])))
+
+    times = []
+    with Workers(range(len(parts)), [forward_backward, adam.add_up, adam.update, product_rate, peak_rss_mib]) as workers:
+        for step in range(warmup + steps):
+            synchronise()
+            start = time.perf_counter()
+            workers(forward_backward, step)
+            adam.step(everywhere=workers)
+            synchronise()
+            times.append(time.perf_counter() - start)
+        memory = workers(peak_rss_mib)
+        return statistics.median(times[warmup:]), sum(workers(product_rate)), sum(memory)
 
 
 def product_operations(c):
@@ -91,19 +93,17 @@ def product_operations(c):
     return c["n_layer"] * (3 * both + 2 * weights_only) + 3 * 2 * B * T * D * c["vocab"]
 
 
-def product_rate(threads, size=1024, repeats=12):
-    """Operations a second of the best float32 product, on all threads at once."""
-    def run(_):
-        a, b, c = (xp.ones((size, size), dtype=xp.float32) for _ in range(3))
-        times = []
-        for _ in range(repeats):
-            synchronise()
-            start = time.perf_counter()
-            xp.matmul(a, b, out=c)
-            synchronise()
-            times.append(time.perf_counter() - start)
-        return 2 * size ** 3 / min(times)
-    return sum(in_threads(run, range(threads)))
+def product_rate(_, size=1024, repeats=12):
+    """Operations a second of the best float32 product, on one core (or the GPU)."""
+    a, b, c = (xp.ones((size, size), dtype=xp.float32) for _ in range(3))
+    times = []
+    for _ in range(repeats):
+        synchronise()
+        start = time.perf_counter()
+        xp.matmul(a, b, out=c)
+        synchronise()
+        times.append(time.perf_counter() - start)
+    return 2 * size ** 3 / min(times)
 
 
 def generated_per_second(c, length):
@@ -114,7 +114,8 @@ def generated_per_second(c, length):
     return length / (time.perf_counter() - start)
 
 
-def peak_rss_mib():
+def peak_rss_mib(_=None):
+    """Of this process. (What processes share, like Python itself, counts for each of them.)"""
     import resource
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform != "darwin" else 1024 ** 2))
 
@@ -143,11 +144,11 @@ def main():
         if args.generate:
             row["generated_tokens_per_s"] = round(generated_per_second(c, args.generate), 1)
         else:
-            seconds = seconds_per_step(c, threads, args.steps, args.warmup)
+            seconds, rate, memory = time_steps(c, threads, args.steps, args.warmup)
             row["ms_per_step"] = round(seconds * 1e3, 2)
             row["tokens_per_s"] = round(c["batch"] * c["seq_len"] / seconds, 1)
-            row["gemm_floor"] = round(product_operations(c) / product_rate(threads) / seconds, 3)
-        row["peak_rss_mib"] = peak_rss_mib()
+            row["gemm_floor"] = round(product_operations(c) / rate / seconds, 3)
+        row["peak_rss_mib"] = peak_rss_mib() if args.generate else memory
         if args.device == "gpu":
             row["peak_gpu_mib"] = round(xp.get_default_memory_pool().total_bytes() / 2 ** 20)
         if args.json:

@@ -5,7 +5,7 @@ import numpy
 import pytest
 
 import txl
-from autograd import Tensor, to_numpy, xp
+from autograd import Tensor, Workers, to_numpy, xp
 
 RNG = numpy.random.default_rng
 
@@ -44,6 +44,31 @@ def test_adam_is_the_rule_written_out_by_hand(weight_decay, clip, eps):
         assert float(norm) == pytest.approx(numpy.linalg.norm(gradient), rel=1e-12)     # before clipping
     expected = by_hand(start, gradients.tolist(), 0.05, 0.8, 0.95, eps, weight_decay, clip, decayed)
     numpy.testing.assert_allclose(numpy.concatenate([p.numpy().ravel() for p in parameters.values()]), expected, rtol=1e-10)
+
+
+@pytest.mark.parametrize("parts", [2, 3])
+def test_adam_in_parts_adds_their_gradients_up_and_is_adam_in_one(parts):
+    """Each part of the batch collects its gradients; one parameter gets none from the last part, one none at all."""
+    rng = RNG(1)
+    values = {"W": rng.normal(size=(5, 3)), "b": rng.normal(size=4), "unused": rng.normal(size=2)}
+    ours, expected = ({name: Tensor(xp.asarray(value), requires_grad=True) for name, value in values.items()} for _ in range(2))
+    divided = txl.Adam(ours, lr=0.05, weight_decay=0.1, clip=1.0, parts=parts)
+    whole = txl.Adam(expected, lr=0.05, weight_decay=0.1, clip=1.0)
+    gradients = rng.normal(size=(3, parts, 19))
+
+    def collect(part, step):
+        leaves = [(ours["b"], xp.asarray(gradients[step, part, 15:]))] if part < parts - 1 else []
+        divided.collect(part, leaves + [(ours["W"], xp.asarray(gradients[step, part, :15].reshape(5, 3)))])
+    with Workers(range(parts), [collect, divided.add_up, divided.update]) as workers:
+        for step in range(3):
+            workers(collect, step)
+            norm = divided.step(everywhere=workers)
+            total = gradients[step].sum(axis=0)
+            total[15:] -= gradients[step, -1, 15:]
+            expected["W"].grad, expected["b"].grad = xp.asarray(total[:15].reshape(5, 3)), xp.asarray(total[15:])
+            assert float(norm) == pytest.approx(float(whole.step()), rel=1e-12)
+    for name in values:
+        numpy.testing.assert_allclose(ours[name].numpy(), expected[name].numpy(), rtol=1e-12)
 
 
 def test_a_model_longer_than_a_block_is_updated_to_its_last_element():

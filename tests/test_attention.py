@@ -69,7 +69,7 @@ def attention_by_loops(attention, x, memory, config, clamp_len):
                 for j in range(M + i + 1):
                     distance = min(M + i - j, clamp_len)
                     q = x[b, i] @ p["W_q"][:, part]
-                    k = h[b, j] @ p["W_k"][:, part]
+                    k = h[b, j] @ p["W_kv"][:, part]
                     if config.positions == "sinusoid":
                         R = to_numpy(txl.sinusoid(xp.asarray([distance]), D, numpy.float64))[0]
                         r = R @ p["W_r"][:, part]
@@ -81,7 +81,7 @@ def attention_by_loops(attention, x, memory, config, clamp_len):
                     scores.append((term_a + term_b + term_c + term_d) / math.sqrt(d))
                 weights = numpy.exp(scores) / numpy.exp(scores).sum()
                 for j, weight in enumerate(weights):
-                    out[b, i, part] += weight * (h[b, j] @ p["W_v"][:, part])
+                    out[b, i, part] += weight * (h[b, j] @ p["W_kv"][:, D:][:, part])
     return out @ p["W_o"]
 
 
@@ -97,6 +97,36 @@ def test_attention_is_the_four_terms_as_four_loops(form, T, M, clamp_len):
     positions = txl.relative_positions(config, T, M, numpy.float64)
     ours = attention(Tensor(xp.asarray(x)), Tensor(xp.asarray(memory)), positions, txl.hidden_keys(T, M))
     numpy.testing.assert_allclose(ours.numpy(), attention_by_loops(attention, x, memory, config, clamp_len), rtol=1e-10)
+
+
+@pytest.mark.parametrize("queries, scores", [(64, 1 << 17), (2, 1 << 17), (3, 40), (1, 1)])
+@pytest.mark.parametrize("T, M, window", [(1, 0, None), (1, 4, None), (5, 0, None), (5, 3, None), (5, 7, 7), (6, 2, 2)])
+def test_attention_in_one_operation_is_attention_step_by_step(T, M, window, queries, scores, monkeypatch):
+    """Value and every gradient, whatever the blocks: all at once, few queries, few heads and rows."""
+    monkeypatch.setattr(txl, "QUERIES", queries)
+    monkeypatch.setattr(txl, "CACHED_SCORES", scores)
+    config, rng = txl.Config(5, n_layer=1, n_head=2, d_model=8), RNG(7)
+    attention = txl.RelativeMultiHeadAttention(config, rng, numpy.float64)
+    q, kv, g = (rng.normal(size=(3, n, width)) for n, width in ((T, 8), (M + T, 16), (T, 8)))
+    u, v, W_r = (rng.normal(size=shape) for shape in ((2, 4), (2, 4), (8, 8)))
+    positions, mask = txl.relative_positions(config, T, M, numpy.float64), txl.hidden_keys(T, M, window)
+    answers = []
+    for one_operation in (True, False):
+        inputs = [Tensor(xp.asarray(x), requires_grad=True) for x in (q, kv, u, v, W_r)]
+        Q, KV, attention.u, attention.v, attention.W_r = inputs
+        y = (txl.attend(Q, KV, positions @ attention.W_r, attention.u, attention.v, mask) if one_operation
+             else attention.attend(Q, KV, positions, mask, None))
+        y.backward(xp.asarray(g))
+        answers.append([y.numpy()] + [to_numpy(x.grad) for x in inputs])
+    for ours, expected in zip(*answers):
+        numpy.testing.assert_allclose(ours, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_scores_too_large_for_exp_are_no_matter():
+    """exp(1000) is infinite in any dtype; the largest score of a row is subtracted first."""
+    q, kv, zero = (xp.full((1, 3, width), value, dtype=xp.float32) for width, value in ((2, 60), (4, 60), (2, 0)))
+    out = txl.attend(q, kv, zero[0], xp.zeros((1, 2), dtype=xp.float32), xp.zeros((1, 2), dtype=xp.float32), txl.hidden_keys(3, 0))
+    numpy.testing.assert_allclose(out.numpy(), numpy.full((1, 3, 2), 60.0))
 
 
 @pytest.mark.parametrize("clamp_len", [11, 3])
@@ -142,7 +172,7 @@ def test_attention_weights_are_scaled_by_the_square_root_of_the_head_width():
     attention = txl.RelativeMultiHeadAttention(config, rng, numpy.float64)
     eye = numpy.eye(4)
     for name, tensor in txl.named_tensors(attention):
-        tensor.data[...] = xp.asarray(eye) if name in ("W_q", "W_k", "W_v", "W_o") else 0
+        tensor.data[...] = xp.asarray({"W_q": eye, "W_kv": numpy.hstack([eye, eye]), "W_o": eye}.get(name, 0))
     x = rng.normal(size=(1, 3, 4))
     positions = txl.relative_positions(config, 3, 0, numpy.float64)
     out = attention(Tensor(xp.asarray(x)), Tensor(xp.zeros((1, 0, 4))), positions, txl.hidden_keys(3, 0))

@@ -132,6 +132,13 @@ def cases():
     yield "linear", "gain and shift, a constant bias", lambda x, w, gain, shift: linear(x, w, 0.0, gain, shift), [
         (3, 4), (4, 2), (4,), (4,)]
     yield "linear", "gain and shift, no rows", linear, [(0, 4), (4, 2), (2,), (4,), (4,)]
+    yield "linear", "constants before the rows", lambda x, w, b, gain, shift: linear(
+        x, w, b, gain, shift, before=xp.full((2, 5, 4), 0.7, dtype=x.dtype)), [(2, 3, 4), (4, 2), (2,), (4,), (4,)]
+    yield "linear", "constants before the rows, no gain", lambda x, w, b: linear(
+        x, w, b, before=xp.full((2, 1, 4), 0.7, dtype=x.dtype)), [(2, 3, 4), (4, 2), (2,)]
+    for what, T, M in [("memory longer than the segment", 2, 3), ("no memory", 3, 0), ("a single query", 1, 2)]:
+        yield "attend", what, lambda *inputs, T=T, M=M: txl.attend(*inputs, txl.hidden_keys(T, M)), [
+            (2, T, 4), (2, M + T, 8), (M + T, 4), (2, 2), (2, 2)]
     yield "linear", "no rows", linear, [(0, 4), (4, 2), (2,)]
     yield "linear", "an empty sum", linear, [(2, 0), (0, 3), (3,)]
     yield "matmul", "square stacks", matmul, [(2, 3, 3), (2, 3, 3)]

@@ -3,6 +3,8 @@ import gc
 import threading
 import weakref
 
+import os
+
 import numpy
 import pytest
 
@@ -303,26 +305,67 @@ def test_use_device_knows_two_devices():
         autograd.use_device("tpu")
 
 
-# %% Threads
+# %% Workers
 
-def test_threads_give_the_same_gradient_as_one_graph_and_the_same_bits_every_time():
+def gradient_by_parts(parts):
+    """(loss, gradient) of a small sum of squares whose rows are divided among workers."""
     rng = numpy.random.default_rng(0)
-    data, values = xp.asarray(rng.normal(size=(12, 3))), rng.normal(size=(3, 2))
-    parts = [slice(0, 5), slice(5, 6), slice(6, 12)]
+    data, w = xp.asarray(rng.normal(size=(12, 3))), leaf(rng.normal(size=(3, 2)))
+    gradients = autograd.shared_zeros((len(parts), 3, 2), numpy.float64)
 
-    def run(parts):
-        w = leaf(values)
-        losses, rest = autograd.backward_in_threads(lambda rows: ((autograd.tanh(data[rows] @ w) ** 2).sum(), rows), parts)
-        assert rest == parts
-        return float(sum(losses)), to_numpy(w.grad)
-    loss, gradient = run(parts)
-    whole, expected = run([slice(0, 12)])
+    def work(part):
+        loss = (autograd.tanh(data[parts[part]] @ w) ** 2).sum()
+        (_, gradients[part]), = autograd.leaf_gradients(loss)
+        return loss.item()
+    with autograd.Workers(range(len(parts)), [work]) as workers:
+        return sum(workers(work)), to_numpy(gradients.sum(axis=0))
+
+
+@pytest.mark.parametrize("platform", ["linux", "elsewhere"])
+def test_workers_give_the_gradient_of_one_graph_and_the_same_bits_every_time(platform, monkeypatch):
+    """As processes, and as threads where there is no fork."""
+    monkeypatch.setattr("sys.platform", platform)
+    parts = [slice(0, 5), slice(5, 6), slice(6, 12)]
+    loss, gradient = gradient_by_parts(parts)
+    whole, expected = gradient_by_parts([slice(0, 12)])
     assert loss == pytest.approx(whole, rel=1e-12)
     numpy.testing.assert_allclose(gradient, expected, rtol=1e-12)
     for _ in range(5):
-        numpy.testing.assert_array_equal(run(parts)[1], gradient)
+        numpy.testing.assert_array_equal(gradient_by_parts(parts)[1], gradient)
 
 
-def test_an_error_in_a_thread_reaches_the_caller():
-    with pytest.raises(ZeroDivisionError):
-        autograd.in_threads(lambda n: 1 / n, [1, 0])
+def test_a_worker_keeps_what_it_did_and_shares_only_shared_arrays():
+    own, shared = numpy.zeros(3), numpy.asarray(to_numpy(autograd.shared_zeros((3,), numpy.float64)))
+
+    def add(part, n):
+        own[part] += n
+        shared[part] += n
+        return own[part]
+    with autograd.Workers(range(3), [add]) as workers:
+        assert workers(add, 1) == [1, 1, 1] and workers(add, 2) == [3, 3, 3]
+    assert own.tolist() == [3, 0, 0] and shared.tolist() == [3, 3, 3]       # part 0 is this process
+
+
+@pytest.mark.parametrize("bad", [0, 1, 2])
+def test_an_error_of_a_worker_reaches_the_caller_and_the_next_call_works(bad):
+    def invert(part, bad):
+        return 1 / (part - bad)
+    with autograd.Workers(range(3), [invert]) as workers:
+        with pytest.raises(ZeroDivisionError):
+            workers(invert, bad)
+        assert workers(invert, -1) == [1, 1 / 2, 1 / 3]
+
+
+def test_a_worker_that_dies_is_one_clear_error():
+    def die(part):
+        if part == 1:
+            os._exit(1)
+    with autograd.Workers(range(2), [die]) as workers:
+        with pytest.raises(RuntimeError, match="worker process ended unexpectedly"):
+            workers(die)
+
+
+def test_no_worker_outlives_close():
+    with autograd.Workers(range(3), [os.getpid]) as workers:
+        processes = workers.processes
+    assert processes and not any(process.is_alive() for process in processes)
