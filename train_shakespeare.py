@@ -7,7 +7,7 @@
     python train_shakespeare.py --resume                continue an interrupted run
     python train_shakespeare.py --generate "ROMEO:"     let the trained model continue a text
     python train_shakespeare.py --eval                  loss of the trained model on the held-out text
-    python train_shakespeare.py --plot                  draw the run's loss curve
+    python train_shakespeare.py --plot                  draw the run's loss curve, and how far back its layers look
 
 A run lives in one directory (--out): checkpoint.npz (latest state), best.npz (lowest validation loss), log.csv,
 config.json. Exit status: 0 done, 1 failed, 2 bad arguments, 130 or 143 after Ctrl-C or SIGTERM (while training, with the
@@ -45,7 +45,7 @@ import numpy
 
 from autograd import (DeviceError, Workers, keep_freed_memory, leaf_gradients, log_softmax, no_grad, to_numpy, use_device,
                       xp)
-from txl import Adam, Config, TransformerXL, generate, loss_and_memory, warmup_cosine
+from txl import Adam, Config, TransformerXL, attention_by_distance, generate, loss_and_memory, warmup_cosine
 
 HERE = pathlib.Path(__file__).resolve().parent
 
@@ -100,8 +100,8 @@ def parse_arguments(argv=None):
     what.add_argument("--overwrite", action="store_true", help="start anew although --out holds a run")
     what.add_argument("--eval", action="store_true", help="evaluate the best checkpoint in --out and stop")
     what.add_argument("--generate", metavar="TEXT", help="continue TEXT with the best checkpoint in --out and stop")
-    what.add_argument("--plot", action="store_true", help="draw --out/loss.png from --out/log.csv and stop "
-                                                          "(needs matplotlib)")
+    what.add_argument("--plot", action="store_true", help="draw --out/loss.png and --out/attention.png and stop (needs "
+                                                          "matplotlib)")
 
     where = parser.add_argument_group("where")
     where.add_argument("--device", choices=["cpu", "gpu"], default="cpu", help="NumPy or CuPy (default: cpu)")
@@ -658,20 +658,31 @@ def trained(args):
     return meta, model, model.config.mem_len if chosen is None else chosen
 
 
-def evaluate_run(args):
-    meta, model, mem_len = trained(args)
+def held_out_text(args, meta):
+    """(corpus, tokens) of the text that the run in args.out is evaluated on."""
     text, corpus = find_corpus(args.data)
     if corpus["sha256"] != meta["corpus"]["sha256"]:
         print(f"note: the run in {args.out} was trained on {meta['corpus']['name']}, this is {corpus['name']}",
               file=sys.stderr)
-    _, held_out = split(encode(text, meta["vocabulary"]))
-    settings = meta["settings"]
-    began = time.perf_counter()
-    nats = evaluate(model, held_out, args.batch_size or settings["batch_size"], args.seq_len or settings["seq_len"],
-                    mem_len, args.threads)
-    speed = (len(held_out) - 1) / (time.perf_counter() - began)
-    print(f"step {meta['step']}, memory {mem_len}: {figures(nats)}; {len(held_out) - 1:,} characters of "
-          f"{corpus['name']}, {speed:,.0f} a second")
+    return corpus, split(encode(text, meta["vocabulary"]))[1]
+
+
+def evaluate_run(args):
+    """A table: the held-out text with no memory, half the trained length, the trained length, and more."""
+    meta, model, _ = trained(args)
+    corpus, held_out = held_out_text(args, meta)
+    settings, n = meta["settings"], len(held_out) - 1
+    lengths = sorted({int(f * model.config.mem_len) for f in (0, 0.5, 1, 2, 4)})
+    if args.eval_mem_len is not None:
+        lengths = [args.eval_mem_len]
+    print(f"step {meta['step']}, {n:,} characters of {corpus['name']}")
+    print(f"{'memory':>8}{'nats':>10}{'bits a character':>20}{'perplexity':>14}{'characters/s':>16}")
+    for mem_len in lengths:
+        began = time.perf_counter()
+        nats = evaluate(model, held_out, args.batch_size or settings["batch_size"], args.seq_len or settings["seq_len"],
+                        mem_len, args.threads)
+        print(f"{mem_len:8}{nats:10.4f}{nats / math.log(2):20.4f}{math.exp(min(nats, 700)):14.4f}"
+              f"{n / (time.perf_counter() - began):16,.0f}", flush=True)
 
 
 def generate_text(args):
@@ -688,6 +699,7 @@ def generate_text(args):
 
 
 def plot(args):
+    """Two pictures in args.out: loss.png from the log, attention.png from the checkpoint and the held-out text."""
     path = args.out / "log.csv"
     try:
         rows = list(csv.DictReader(io.StringIO(read_file(path).decode())))
@@ -703,17 +715,46 @@ def plot(args):
         from matplotlib import pyplot
     except ImportError:
         raise Failure("--plot needs matplotlib, which is not installed: pip install matplotlib")
+
+    def picture(name, **labels):
+        axes.set(**labels)
+        axes.grid(alpha=0.3)
+        axes.legend()
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=120, bbox_inches="tight")
+        write_whole(args.out / name, buffer.getbuffer())
+        print(f"written: {args.out / name}")
+
     figure, axes = pyplot.subplots(figsize=(8, 4.5))
     axes.plot(*zip(*curves["loss"]), label="training", color="tab:blue", alpha=0.6)
     if curves["val_loss"]:
         axes.plot(*zip(*curves["val_loss"]), label="validation", color="tab:orange", marker="o")
-    axes.set(xlabel="minutes of training", ylabel="loss (nats per character)", title=f"Transformer-XL, {args.out.name}")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120, bbox_inches="tight")
-    write_whole(args.out / "loss.png", buffer.getbuffer())
-    print(f"written: {args.out / 'loss.png'}")
+    picture("loss.png", xlabel="minutes of training", ylabel="loss (nats per character)", title="Loss")
+
+    meta, model, mem_len = trained(args)
+    _, held_out = held_out_text(args, meta)
+    T = meta["settings"]["seq_len"]
+    B = max(1, min(16, (len(held_out) - 1) // (T + mem_len)))
+    n = (len(held_out) - 1) // B // T                       # segments in each of B streams
+    streams, memory = xp.asarray(held_out[:B * n * T].reshape(B, n * T)), model.empty_memory(B)
+    total, count = 0, 0
+    for at in range(0, n * T, T):
+        if memory[0].shape[1] == mem_len and count < 20:
+            total, count = total + attention_by_distance(model, streams[:, at:at + T], memory), count + 1
+        with no_grad():
+            _, memory = model(streams[:, at:at + T], memory, mem_len=mem_len)
+    if not count:
+        print(f"{args.out / 'attention.png'} is not drawn: the held-out text is too short to fill a memory of {mem_len}")
+        return
+    figure, axes = pyplot.subplots(figsize=(8, 4.5))
+    for layer, weights in enumerate(total / count, start=1):
+        axes.plot(range(1, len(weights) + 1), weights, label=f"layer {layer}")
+    axes.axvline(T, color="gray", linestyle="--")
+    axes.text(T * 1.02, axes.get_ylim()[1] * 0.5, "beyond the segment:\nonly through memory", color="gray", va="top")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    picture("attention.png", xlabel="characters back (1: the character itself)", ylabel="mean attention weight",
+            title=f"Attention by distance, memory {mem_len}")
 
 
 # %% 8. Main

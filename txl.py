@@ -254,31 +254,38 @@ class RelativeMultiHeadAttention:
         generator   random numbers for dropout, or None
         norm        LayerNorm whose gain and bias x and memory still lack, or None
         """
-        # Queries come from the segment, keys and values from memory and segment joined: h~ = [SG(m) o h], section 3.2.
-        gain_and_bias = (None, None) if norm is None else (norm.gain, norm.bias)
-        q = linear(x, self.W_q, 0.0, *gain_and_bias)                               # [B, T, D]
-        kv = linear(x, self.W_kv, 0.0, *gain_and_bias, before=memory.data)         # [B, K, 2 D]
+        q, kv = self.project(x, memory, norm)
         if self.config.positions == "sinusoid" and (generator is None or self.config.attn_dropout == 0):
             mixed = attend(q, kv, positions @ self.W_r, self.u, self.v, mask)      # the same in one operation, section 4
         else:
             mixed = self.attend(q, kv, positions, mask, generator)
         return mixed @ self.W_o
 
+    def project(self, x, memory, norm):
+        """Queries [B, T, D] of the segment; keys and values [B, K, 2 D] of memory and segment: h~ = [SG(m) o h], section 3.2."""
+        gain_and_bias = (None, None) if norm is None else (norm.gain, norm.bias)
+        return (linear(x, self.W_q, 0.0, *gain_and_bias),
+                linear(x, self.W_kv, 0.0, *gain_and_bias, before=memory.data))
+
     def attend(self, q, kv, positions, mask, generator):
         """What each query finds: the values, weighted by attention. [B, T, D], [B, K, 2 D] -> [B, T, D]."""
+        B, T, D = q.shape
+        H, d, K = self.config.n_head, D // self.config.n_head, kv.shape[1]
+        attention = dropout(self.weights(q, kv, positions, mask), self.config.attn_dropout, generator)
+        values = kv[..., D:].reshape(B, K, H, d).transpose(2, 0, 1, 3)             # [H, B, K, d]
+        return (attention @ values).transpose(1, 2, 0, 3).reshape(B, T, D)         # [H, B, T, d] -> [B, T, D]
+
+    def weights(self, q, kv, positions, mask):
+        """How much each query attends to each key, for every head: [B, T, D], [B, K, 2 D] -> [H, B, T, K]."""
         B, T, D = q.shape
         H, d, K = self.config.n_head, D // self.config.n_head, kv.shape[1]
         # The heads stand in front, so that r, which is the same for all B sequences, takes one product for each head.
         q = q.reshape(B, T, H, d).transpose(2, 0, 1, 3)                            # [H, B, T, d]
         k = kv[..., :D].reshape(B, K, H, d).transpose(2, 0, 3, 1)                  # [H, B, d, K]
-        values = kv[..., D:].reshape(B, K, H, d).transpose(2, 0, 1, 3)             # [H, B, K, d]
-
         content = (q + self.u.reshape(H, 1, 1, d)) @ k                             # (a) + (c)   [H, B, T, K]
         position = self.position_scores(q.reshape(H, B * T, d), positions)
         position = rel_shift(position.reshape(H, B, T, K))                         # (b) + (d)   [H, B, T, K]
-        attention = softmax((content + position) * (1 / math.sqrt(d)), mask)       # [H, B, T, K]
-        attention = dropout(attention, self.config.attn_dropout, generator)
-        return (attention @ values).transpose(1, 2, 0, 3).reshape(B, T, D)         # [H, B, T, d] -> [B, T, D]
+        return softmax((content + position) * (1 / math.sqrt(d)), mask)
 
     def position_scores(self, q, positions):
         """Terms (b) + (d), a column for each distance: [H, B*T, d] -> [H, B*T, K]."""
@@ -288,6 +295,27 @@ class RelativeMultiHeadAttention:
             return q @ r + self.bias[positions].T.reshape(H, 1, -1)
         r = (positions @ self.W_r).reshape(-1, H, d).transpose(1, 2, 0)            # [H, d, K]
         return (q + self.v.reshape(H, 1, d)) @ r
+
+
+def attention_by_distance(model, tokens, memory):
+    """How far back each layer looks: mean attention weights [n_layer, K], element n for the key n tokens back.
+
+    The mean is over heads, sequences and those queries of `tokens` [B, T] that see so far; `memory` as in a call of model.
+    """
+    B, T = tokens.shape
+    M, config, rows = memory[0].shape[1], model.config, []
+    with no_grad():
+        _, inputs = model(tokens, memory, mem_len=M + T)        # the input of each layer: memory and segment
+        positions, mask = relative_positions(config, T, M, model.dtype), hidden_keys(T, M)
+        distance = M + xp.arange(T)[:, None] - xp.arange(M + T)[None, :]
+        for layer, h in zip(model.layers, inputs):
+            m, x, norm = h[:, :M], Tensor(h[:, M:]), None
+            if config.pre_norm:
+                m, x, norm = normalise(Tensor(m)).data, normalise(x), layer.attention_norm
+            q, kv = layer.attention.project(x, Tensor(m), norm)
+            weights = layer.attention.weights(q, kv, positions, mask).data.mean(axis=(0, 1))       # [T, K]
+            rows.append([weights[distance == n].mean().item() for n in range(M + T)])
+    return numpy.array(rows)
 
 
 # The parameters start as random numbers from NumPy's generator on every device, so that a seed means the same model
@@ -674,8 +702,104 @@ def warmup_cosine(step, steps, peak, warmup, final):
 
 
 # %% 10. Generation
-# Each new token is one call with T = 1: its keys are the memory and itself. The window never has to be computed
-# again, and the text may be of any length.
+# A new token is a segment of one: T = 1, its keys are the memory and itself. The text may be of any length, and the window
+# never has to be computed again. Nor do the keys and values: a state in memory is a constant, and so are k = h W_k and
+# its value while the weights stay as they are. They are kept instead of the state. So are r = R W_r and the term v · r, which
+# depend on the distance alone. What is left for each token and layer is a handful of products of a vector with a matrix.
+
+class CachedLayer:
+    """`layer` for one token at a time: h [D] -> [D], with the keys and values of the tokens before it.
+
+    memory    [1, M, D], what the layer remembers of the text before the first token
+    mem_len   tokens to remember from then on
+    """
+
+    def __init__(self, layer, memory, mem_len):
+        config, attention, feed_forward = layer.config, layer.attention, layer.feed_forward
+        D, H = config.d_model, config.n_head
+        self.heads, self.mem_len, self.pre_norm = (H, D // H), mem_len, config.pre_norm
+        self.norms = [(norm.gain.data, norm.bias.data) for norm in (layer.attention_norm, layer.feed_forward_norm)]
+        # A norm in front of a product joins it, as in `linear`: (z gain + bias) W + b = z (gain W) + (bias W + b).
+        scale = 1 / math.sqrt(D // H)           # that of the scores joins what q is made of
+        W = xp.concatenate([attention.W_q.data * scale, attention.W_kv.data], axis=1)
+        self.W_qkv, self.b_qkv = self.joined(0, W, xp.zeros(3 * D, dtype=W.dtype))
+        self.W_1, self.b_1 = self.joined(1, feed_forward.W_1.data, feed_forward.b_1.data)
+        self.W_2, self.b_2, self.W_o = feed_forward.W_2.data, feed_forward.b_2.data, attention.W_o.data
+        self.u = attention.u.data[:, None] * scale                                 # [H, 1, d]
+        positions = relative_positions(config, 1, mem_len, W.dtype)                # distances mem_len … 0
+        with no_grad():
+            zero = Tensor(xp.zeros((H, 1, D // H), dtype=W.dtype))
+            self.fixed = attention.position_scores(zero, positions).data * scale   # (d)  [H, 1, mem_len + 1]
+        if config.positions == "learned":
+            self.r = attention.table.data[positions].transpose(1, 2, 0)            # [H, d, mem_len + 1]
+        else:
+            self.r = (positions.data @ attention.W_r.data).reshape(-1, H, D // H).transpose(1, 2, 0)
+        # Room for twice the memory: when it is full, the latter half moves to the front.
+        self.end = memory.shape[1]
+        self.keys, self.values = (xp.zeros((H, 2 * mem_len + 1, D // H), dtype=W.dtype) for _ in range(2))
+        h = normalise(Tensor(memory[0])).data if config.pre_norm else memory[0]
+        kv = (h @ self.W_qkv[:, D:] + self.b_qkv[D:]).reshape(self.end, 2, H, D // H)
+        self.keys[:, :self.end], self.values[:, :self.end] = kv[:, 0].swapaxes(0, 1), kv[:, 1].swapaxes(0, 1)
+
+    def joined(self, norm, W, b):
+        gain, bias = self.norms[norm]
+        return (gain[:, None] * W, bias @ W + b) if self.pre_norm else (W, b)
+
+    def __call__(self, h):
+        (H, d), M = self.heads, self.mem_len
+        if self.end == self.keys.shape[1]:
+            for cache in (self.keys, self.values):
+                cache[:, :M] = cache[:, self.end - M:].copy()
+            self.end = M
+        q, k, value = ((standardised(h) if self.pre_norm else h) @ self.W_qkv + self.b_qkv).reshape(3, H, 1, d)
+        self.keys[:, self.end], self.values[:, self.end] = k[:, 0], value[:, 0]
+        self.end += 1
+        K = min(M + 1, self.end)
+        seen = slice(self.end - K, self.end)
+        scores = (q + self.u) @ self.keys[:, seen].swapaxes(1, 2)                  # (a) + (c)   [H, 1, K]
+        scores += q @ self.r[:, :, M + 1 - K:]                                     # (b)
+        scores += self.fixed[:, :, M + 1 - K:]                                     # (d)
+        scores -= scores.max(axis=-1, keepdims=True)
+        weights = xp.exp(scores, out=scores)
+        weights /= weights.sum(axis=-1, keepdims=True)
+        h = self.after(0, h + (weights @ self.values[:, seen]).reshape(H * d) @ self.W_o)
+        hidden = (standardised(h) if self.pre_norm else h) @ self.W_1 + self.b_1
+        return self.after(1, h + xp.maximum(hidden, 0) @ self.W_2 + self.b_2)
+
+    def after(self, norm, h):
+        gain, bias = self.norms[norm]
+        return h if self.pre_norm else standardised(h) * gain + bias
+
+
+def standardised(h, eps=1e-5):
+    """`normalise` for one row [D], without a graph."""
+    z = h - h.sum() / len(h)
+    z /= xp.sqrt(z @ z / len(h) + eps)
+    return z
+
+
+class Decoder:
+    """A model that reads token by token: `logits = decoder(token)`, [V], the same as those of `model` with a memory.
+
+    It begins with what `model` has read before (`memory`, n_layer arrays [1, M, D], M at most mem_len). It takes the
+    weights as they are now, and constant memory however much it reads.
+    """
+
+    def __init__(self, model, memory, mem_len):
+        config = model.config
+        self.layers = [CachedLayer(layer, m, mem_len) for layer, m in zip(model.layers, memory)]
+        self.embedding = model.embedding.data * math.sqrt(config.d_model)
+        W, self.b_out = model.embedding.data.T if config.tie_weights else model.W_out.data, model.b_out.data
+        self.pre_norm, self.W_out = config.pre_norm, W
+        if config.pre_norm:
+            self.W_out, self.b_out = model.norm.gain.data[:, None] * W, model.norm.bias.data @ W + self.b_out
+
+    def __call__(self, token):
+        h = self.embedding[token]
+        for layer in self.layers:
+            h = layer(h)
+        return (standardised(h) if self.pre_norm else h) @ self.W_out + self.b_out
+
 
 def generate(model, prompt, length, temperature=1.0, top_k=None, top_p=None, rng=None, mem_len=None):
     """Iterate over `length` tokens that continue `prompt` (a non-empty sequence of tokens).
@@ -694,11 +818,12 @@ def generate(model, prompt, length, temperature=1.0, top_k=None, top_p=None, rng
     for segment in numpy.split(prompt, range(max(1, mem_len), prompt.size, max(1, mem_len))):
         with no_grad():
             logits, memory = model(xp.asarray(segment[None]), memory, mem_len=mem_len)
-    for _ in range(length):
-        token = sample(to_numpy(logits.data[0, -1]), temperature, top_k, top_p, rng)
+    decoder, logits = Decoder(model, memory, mem_len), logits.data[0, -1]
+    for n in range(length):
+        token = sample(to_numpy(logits), temperature, top_k, top_p, rng)
         yield token
-        with no_grad():
-            logits, memory = model(xp.asarray([[token]]), memory, mem_len=mem_len)
+        if n < length - 1:
+            logits = decoder(token)
 
 
 def sample(logits, temperature, top_k, top_p, rng):
@@ -707,9 +832,7 @@ def sample(logits, temperature, top_k, top_p, rng):
         return int(logits.argmax())
     order = numpy.argsort(-logits, kind="stable")[:top_k]           # likeliest first
     logits = logits[order].astype(numpy.float64)
-    p = numpy.exp((logits - logits.max()) / temperature)
-    p /= p.sum()
+    p = numpy.exp((logits - logits.max()) / temperature).cumsum()   # cumulative, up to a factor
     if top_p is not None:
-        p = p[:numpy.searchsorted(p.cumsum(), top_p) + 1]
-        p /= p.sum()
-    return int(order[rng.choice(len(p), p=p)])
+        p = p[:numpy.searchsorted(p, top_p * p[-1]) + 1]
+    return int(order[numpy.searchsorted(p[:-1], rng.random() * p[-1], side="right")])

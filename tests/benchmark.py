@@ -1,7 +1,10 @@
-"""How fast a training step and generation are, on fixed configurations.
+"""How fast a training step, evaluation and generation are, on fixed configurations.
 
     python tests/benchmark.py                              all CPU configurations
     python tests/benchmark.py small medium --json          one JSON object a line
+    python tests/benchmark.py small --profile              where a step's time goes, operation by operation
+    python tests/benchmark.py small --scaling              how a step's time grows with each dimension and with threads
+    python tests/benchmark.py small --evaluation           evaluation with memory against a sliding window
     python tests/benchmark.py small --generate 200         characters a second, one by one, with memory
     python tests/benchmark.py nanogpt-gpu --device gpu
 
@@ -11,6 +14,7 @@ the median over the steps. `gemm_floor` is the time that the step's matrix produ
 measured in this process, as a fraction of the step's time: 1 would mean that nothing but products takes time.
 """
 import argparse
+import functools
 import json
 import os
 import pathlib
@@ -26,7 +30,7 @@ import numpy
 
 import autograd
 import txl
-from autograd import Workers, leaf_gradients, xp
+from autograd import Workers, leaf_gradients, no_grad, xp
 from train_shakespeare import row_parts
 
 CONFIGS = {
@@ -120,6 +124,105 @@ def peak_rss_mib(_=None):
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform != "darwin" else 1024 ** 2))
 
 
+# %% Where the time goes
+
+def profile(c, threads, steps, warmup):
+    """{name: [calls, seconds]} a step, of one worker's share of the batch: each operation without those it calls."""
+    spent, inner = {}, []
+
+    def timed(name, function):
+        @functools.wraps(function)
+        def run(*arguments, **options):
+            inner.append(0.0)
+            start = time.perf_counter()
+            try:
+                return function(*arguments, **options)
+            finally:
+                synchronise()
+                seconds = time.perf_counter() - start
+                entry = spent.setdefault(name, [0, 0.0])
+                entry[0] += 1 / steps
+                entry[1] += (seconds - inner.pop()) / steps
+                if inner:
+                    inner[-1] += seconds
+        return run
+
+    plain = autograd.result
+
+    def result(data, *edges):
+        name = sys._getframe(1).f_code.co_name
+        return plain(data, *((operand, timed(f"{name}, backward", gradient)) for operand, gradient in edges))
+    replaced = [(owner, attribute, value, timed(name, value)) for name, operation in autograd.OPS.items()
+                for owner in (autograd, txl, autograd.Tensor) for attribute, value in vars(owner).items() if value is operation]
+    replaced += [(autograd, "result", plain, result), (txl, "result", plain, result),
+                 (txl, "update_memory", txl.update_memory, timed("new memory", txl.update_memory))]
+    for owner, attribute, _, timed_one in replaced:
+        setattr(owner, attribute, timed_one)
+
+    model, share = model_of(c), row_parts(c["batch"], threads)[0].stop
+    adam, memory = txl.Adam(model.parameters(), lr=1e-4, clip=1.0), full_memory(c, share)
+    walk, forward, step_of_adam = (timed(*pair) for pair in (("walking the graph", leaf_gradients), ("model", txl.loss_and_memory),
+                                                             ("Adam", adam.step)))
+    for step in range(warmup + steps):
+        if step == warmup:
+            spent.clear()
+        tokens, targets = xp.asarray(numpy.random.default_rng(step).integers(c["vocab"], size=(2, share, c["seq_len"])))
+        loss, memory = forward(model, tokens, targets, memory)
+        for parameter, gradient in walk(loss):
+            parameter.grad = gradient
+        step_of_adam()
+    for owner, attribute, value, _ in replaced:
+        setattr(owner, attribute, value)
+    return spent
+
+
+def print_profile(name, spent):
+    total = sum(seconds for _, seconds in spent.values())
+    print(f"{name}: {total * 1e3:.1f} ms a step for one worker's rows")
+    for what, (calls, seconds) in sorted(spent.items(), key=lambda item: -item[1][1]):
+        if seconds > total / 500:
+            print(f"    {what:24} {calls:5.0f} calls {seconds * 1e3:9.2f} ms {100 * seconds / total:5.1f} %")
+
+
+# %% How it grows
+
+def print_scaling(c, threads, steps, warmup):
+    """Time of a step when one dimension changes and the others stay."""
+    print(f"{'':12}{'':>8}{'ms a step':>12}{'us a token':>12}{'MiB':>8}")
+    for what, values in [("mem_len", [0, 64, 128, 256, 512, 1024]), ("seq_len", [16, 32, 64, 128, 256]),
+                         ("batch", [4, 8, 16, 32, 64]), ("threads", [n for n in (1, 2, 4, 8) if n <= (os.cpu_count() or 1)])]:
+        for value in values:
+            changed = {**c, what: value} if what != "threads" else c
+            seconds, _, memory = time_steps(changed, value if what == "threads" else threads, steps, warmup)
+            tokens = changed["batch"] * changed["seq_len"]
+            print(f"{what:12}{value:8}{seconds * 1e3:12.1f}{seconds / tokens * 1e6:12.1f}{memory:8}", flush=True)
+
+
+def print_evaluation(c, seq_len=64):
+    """The paper's Table 9 on this model: seconds a token, with memory and with a window that slides by one token.
+
+    Both see `length` tokens back. With memory, segments of seq_len are read one after another, and each token costs one
+    step. The window is computed anew for every token, for the prediction at its end.
+    """
+    def seconds(tokens, memory, mem_len):
+        with no_grad():
+            times = []
+            for _ in range(5):
+                synchronise()
+                start = time.perf_counter()
+                model(tokens, memory, mem_len=mem_len)[0].numpy()
+                times.append(time.perf_counter() - start)
+            return statistics.median(times[1:])
+    print(f"{'attention length':>18}{'memory, us':>14}{'window, us':>14}{'times as fast':>16}")
+    model = model_of(c)
+    for length in (64, 128, 256, 512, 1024):
+        segment = xp.asarray(numpy.random.default_rng(0).integers(c["vocab"], size=(1, seq_len)))
+        window = xp.asarray(numpy.random.default_rng(0).integers(c["vocab"], size=(1, length)))
+        by_memory = seconds(segment, full_memory({**c, "mem_len": length}, 1), length) / seq_len
+        by_window = seconds(window, None, 0)
+        print(f"{length:18}{by_memory * 1e6:14.1f}{by_window * 1e6:14.1f}{by_window / by_memory:16.0f}", flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("configs", nargs="*", metavar="CONFIG", help=f"of {', '.join(CONFIGS)} (default: those for the CPU)")
@@ -128,6 +231,9 @@ def main():
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--generate", type=int, metavar="LENGTH", help="time generation instead of training")
+    parser.add_argument("--profile", action="store_true", help="time each operation of a step")
+    parser.add_argument("--scaling", action="store_true", help="time steps of other sizes")
+    parser.add_argument("--evaluation", action="store_true", help="time evaluation with memory against a sliding window")
     parser.add_argument("--json", action="store_true", help="one JSON object a line instead of a table")
     args = parser.parse_args()
     for name in args.configs:
@@ -140,6 +246,13 @@ def main():
     header = None
     for name in args.configs or ["labml", "wide", "small", "medium"]:
         c = CONFIGS[name]
+        if args.profile:
+            print_profile(name, profile(c, threads, args.steps, args.warmup))
+            continue
+        if args.scaling or args.evaluation:
+            print(name)
+            print_scaling(c, threads, args.steps, args.warmup) if args.scaling else print_evaluation(c)
+            continue
         row = {"program": program, "config": name}
         if args.generate:
             row["generated_tokens_per_s"] = round(generated_per_second(c, args.generate), 1)

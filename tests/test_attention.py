@@ -122,6 +122,20 @@ def test_attention_in_one_operation_is_attention_step_by_step(T, M, window, quer
         numpy.testing.assert_allclose(ours, expected, rtol=1e-10, atol=1e-12)
 
 
+def test_attention_by_distance_is_the_mean_weight_of_the_keys_that_far_back():
+    """A layer whose scores are all 0 attends alike to everything it sees: query i of 3 behind a memory of 2 to i + 3 keys."""
+    model = txl.TransformerXL(txl.Config(5, n_layer=2, n_head=2, d_model=8, mem_len=2), dtype=numpy.float64)
+    for name, tensor in model.parameters().items():
+        if name.startswith("layers.0") and name.endswith(("W_q", "W_r")):
+            tensor.data[...] = 0
+    tokens, memory = xp.asarray([[0, 1, 2], [3, 4, 0]]), [xp.asarray(RNG(0).normal(size=(2, 2, 8))) for _ in range(2)]
+    rows = txl.attention_by_distance(model, tokens, memory)
+    assert rows.shape == (2, 5)
+    whole = (1 / 3 + 1 / 4 + 1 / 5) / 3
+    numpy.testing.assert_allclose(rows[0], [whole, whole, whole, (1 / 4 + 1 / 5) / 2, 1 / 5], rtol=1e-12)
+    assert not numpy.allclose(rows[1], rows[0])
+
+
 def test_scores_too_large_for_exp_are_no_matter():
     """exp(1000) is infinite in any dtype; the largest score of a row is subtracted first."""
     q, kv, zero = (xp.full((1, 3, width), value, dtype=xp.float32) for width, value in ((2, 60), (4, 60), (2, 0)))

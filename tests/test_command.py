@@ -207,10 +207,16 @@ def test_overwriting_a_run_leaves_nothing_of_the_old_one(folder):
 def test_eval_gives_the_loss_of_the_best_checkpoint(folder, finished):
     _, out = finished
     best = min(float(value) for value in re.findall(r"  val (\d\.\d+)", out))
-    answer = run(folder, "--data", "text", "--out", "run", "--eval").stdout
-    assert float(re.search(r"memory 16: (\S+) nats", answer)[1]) == pytest.approx(best, abs=2e-4)
-    longer = run(folder, "--data", "text", "--out", "run", "--eval", "--eval-mem-len", "32").stdout
-    assert "memory 32: " in longer
+    def table(*options):
+        lines = run(folder, "--data", "text", "--out", "run", "--eval", *options).stdout.splitlines()[2:]
+        return {int(line.split()[0]): [float(figure.replace(",", "")) for figure in line.split()[1:]] for line in lines}
+    rows = table()
+    assert list(rows) == [0, 8, 16, 32, 64]             # 0, 1/2, 1, 2 and 4 times the trained length
+    assert rows[16][0] == pytest.approx(best, abs=2e-4)
+    for nats, bits, perplexity, speed in rows.values():
+        assert bits == pytest.approx(nats / math.log(2), abs=1e-3) and perplexity == pytest.approx(math.exp(nats), rel=1e-3)
+        assert speed > 0
+    assert list(table("--eval-mem-len", "5")) == [5]
 
 
 def test_generate_continues_the_text_and_repeats_with_the_seed(folder, finished):
@@ -227,7 +233,7 @@ def test_generate_lists_characters_the_model_never_saw(folder, finished):
     assert "never saw" in run(folder, "--out", "run", "--generate", b"\xff", status=2).stderr
 
 
-def test_plot_draws_the_curve_or_says_that_matplotlib_is_missing(folder, finished):
+def test_plot_draws_two_pictures_or_says_that_matplotlib_is_missing(folder, finished):
     environment = dict(os.environ, PYTHONPATH=str(folder / "without"))
     (folder / "without").mkdir()
     (folder / "without" / "matplotlib.py").write_text("raise ImportError")
@@ -236,9 +242,10 @@ def test_plot_draws_the_curve_or_says_that_matplotlib_is_missing(folder, finishe
         import matplotlib
     except ImportError:
         return          # the sentence above is then all there is to test
-    run(folder, "--out", "run", "--plot")
-    assert (folder / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
-    (folder / "run" / "loss.png").unlink()
+    run(folder, "--data", "text", "--out", "run", "--plot")
+    for picture in ("loss.png", "attention.png"):
+        assert (folder / "run" / picture).read_bytes().startswith(b"\x89PNG")
+        (folder / "run" / picture).unlink()
 
 
 # %% What goes wrong is said in one line

@@ -35,6 +35,36 @@ def test_a_prompt_longer_than_the_memory_is_read_to_its_end(model):
     assert len(list(txl.generate(model, prompt, 3, mem_len=0))) == 3
 
 
+OPTIONS = [dict(), dict(positions="learned", clamp_len=6), dict(pre_norm=False, tie_weights=True), dict(tie_weights=True),
+           dict(same_length=True, clamp_len=3), dict(positions="learned", clamp_len=2, pre_norm=False)]
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(numpy.float64, 1e-12), (numpy.float32, 1e-5)], ids=["float64", "float32"])
+@pytest.mark.parametrize("mem_len", [0, 1, 5])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_cached_keys_and_values_give_the_models_own_logits(options, mem_len, dtype, tolerance):
+    """Token by token beside the model with its memory: before the memory is full, while it moves, and long after."""
+    config = txl.Config(9, n_layer=2, n_head=2, d_model=8, d_ff=16, mem_len=5, **options)
+    model, rng = txl.TransformerXL(config, seed=5, dtype=dtype), RNG(6)
+    for parameter in model.parameters().values():
+        parameter.data += xp.asarray(rng.normal(size=parameter.shape) * 0.2).astype(dtype)
+    _, memory = model(xp.asarray([[1, 2, 3]]), None, mem_len=mem_len)
+    decoder = txl.Decoder(model, memory, mem_len)
+    for token in rng.integers(9, size=25).tolist():
+        expected, memory = model(xp.asarray([[token]]), memory, mem_len=mem_len)
+        expected, ours = expected.numpy()[0, 0], to_numpy(decoder(token))
+        assert ours.dtype == dtype
+        numpy.testing.assert_allclose(ours, expected, rtol=tolerance, atol=tolerance * abs(expected).max())
+
+
+def test_a_decoder_takes_no_more_memory_however_long_it_reads(model):
+    decoder = txl.Decoder(model, model.empty_memory(1), mem_len=4)
+    before = [layer.keys.shape for layer in decoder.layers]
+    for _ in range(50):
+        decoder(1)
+    assert [layer.keys.shape for layer in decoder.layers] == before == [(2, 9, 4)] * 2
+
+
 def test_a_seed_repeats_the_text_and_another_seed_does_not(model):
     texts = [list(txl.generate(model, [0], 30, rng=RNG(seed))) for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
