@@ -59,13 +59,6 @@ class Failure(Exception):
 
 
 # %% 1. The command line
-# Settings in three groups: those that define the run and cannot change when it is resumed, those that can, and the
-# choice of what to do.
-FIXED = {"positions": "sinusoid", "n_layer": 4, "n_head": 4, "d_model": 128, "d_ff": 512, "mem_len": 64,
-         "dropout": 0.0, "batch_size": 16, "seq_len": 64, "lr": 3e-3, "seed": 1}
-FREE = {"steps": 3000, "eval_mem_len": None, "log_every": 50, "eval_every": 500}
-
-
 def number(kind, low, high=math.inf, low_ok=True):
     """An argparse type: a finite int or float between low and high."""
     def parse(text):
@@ -81,6 +74,38 @@ def number(kind, low, high=math.inf, low_ok=True):
     return parse
 
 
+def one_of(*names):
+    """An argparse type: one of a few words."""
+    def parse(text):
+        if text not in names:
+            raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(names)}")
+        return text
+    return parse
+
+
+# The settings of a run: name -> (default, what is allowed, help). FIXED ones define it and cannot change when it is
+# resumed; FREE ones can. A checkpoint holds them all.
+whole, positive = number(int, 0, 10**9), number(int, 1, 10**9)
+FIXED = {
+    "n_layer": (4, number(int, 1, 1025), "layers"),
+    "n_head": (4, number(int, 1, 1025), "attention heads"),
+    "d_model": (128, number(int, 2, 65537), "width of the model"),
+    "d_ff": (512, number(int, 1, 262145), "width of the feed-forward layers"),
+    "mem_len": (64, whole, "states of memory while training, in tokens; 0 for none"),
+    "positions": ("sinusoid", one_of("sinusoid", "learned"), "form of the relative positions: sinusoid or learned"),
+    "dropout": (0.0, number(float, 0, 1), "probability of dropping a value"),
+    "batch_size": (16, positive, "sequences side by side"),
+    "seq_len": (64, positive, "tokens in a segment"),
+    "lr": (3e-3, number(float, 0, low_ok=False), "peak learning rate"),
+    "seed": (1, whole, "of weights and dropout")}
+FREE = {
+    "steps": (3000, positive, "training steps in all"),
+    "eval_mem_len": (None, whole, "memory when evaluating and generating (default: --mem-len)"),
+    "log_every": (50, positive, "steps between log lines"),
+    "eval_every": (500, positive, "steps between evaluations, each with a checkpoint")}
+SETTINGS = {**FIXED, **FREE}
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"{self.prog}: {message} (see --help)\n")
@@ -90,11 +115,6 @@ def parse_arguments(argv=None):
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 
-    def option(group, name, help, **options):
-        default = options.pop("shown", {**FIXED, **FREE}.get(name[2:].replace("-", "_")))
-        group.add_argument(name, help=help + (f" (default: {default})" if default is not None else ""), **options)
-
-    whole, positive = number(int, 0, 10**9), number(int, 1, 10**9)
     what = parser.add_argument_group("what to do").add_mutually_exclusive_group()
     what.add_argument("--resume", action="store_true", help="continue the run in --out")
     what.add_argument("--overwrite", action="store_true", help="start anew although --out holds a run")
@@ -111,33 +131,19 @@ def parse_arguments(argv=None):
     where.add_argument("--threads", type=number(int, 1, 1025), default=min(cores, 8), metavar="N",
                        help=f"threads that share a batch on the CPU (default here: {min(cores, 8)})")
 
-    model = parser.add_argument_group("model (fixed for a run)")
-    option(model, "--n-layer", "layers", type=number(int, 1, 1025), metavar="N")
-    option(model, "--n-head", "attention heads", type=number(int, 1, 1025), metavar="N")
-    option(model, "--d-model", "width of the model", type=number(int, 2, 65537), metavar="N")
-    option(model, "--d-ff", "width of the feed-forward layers", type=number(int, 1, 262145), metavar="N")
-    option(model, "--mem-len", "states of memory while training, in tokens; 0 for none", type=whole, metavar="N")
-    option(model, "--positions", "form of the relative positions", choices=["sinusoid", "learned"])
-    option(model, "--dropout", "probability of dropping a value", type=number(float, 0, 1), metavar="P")
-
-    training = parser.add_argument_group("training")
-    option(training, "--steps", "training steps in all", type=positive, metavar="N")
-    option(training, "--batch-size", "sequences side by side (fixed for a run)", type=positive, metavar="N")
-    option(training, "--seq-len", "tokens in a segment (fixed for a run)", type=positive, metavar="N")
-    option(training, "--lr", "peak learning rate (fixed for a run)", type=number(float, 0, low_ok=False), metavar="X")
-    option(training, "--seed", "of weights and dropout (fixed for a run)", type=whole, metavar="N")
-    option(training, "--eval-mem-len", "memory when evaluating and generating", shown="--mem-len", type=whole,
-           metavar="N")
-    option(training, "--log-every", "steps between log lines", type=positive, metavar="N")
-    option(training, "--eval-every", "steps between evaluations, each with a checkpoint", type=positive, metavar="N")
+    for title, settings in (("the run (fixed when it is resumed)", FIXED), ("training", FREE)):
+        group = parser.add_argument_group(title)
+        for name, (default, parse, help) in settings.items():
+            group.add_argument(f"--{name.replace('_', '-')}", type=parse, metavar="X" if isinstance(default, float) else "N",
+                               help=help + (f" (default: {default})" if default is not None else ""))
 
     writing = parser.add_argument_group("with --generate")
-    option(writing, "--length", "characters to write", type=whole, default=500, shown=500, metavar="N")
-    option(writing, "--temperature", "below 1 safer, above 1 more varied, 0 always the likeliest character",
-           type=number(float, 0), default=0.8, shown=0.8, metavar="X")
-    option(writing, "--top-k", "choose among the K likeliest only", type=positive, metavar="K")
-    option(writing, "--top-p", "choose among the likeliest that reach probability P only",
-           type=number(float, 0, 1.0000001, low_ok=False), metavar="P")
+    writing.add_argument("--length", type=whole, default=500, metavar="N", help="characters to write (default: 500)")
+    writing.add_argument("--temperature", type=number(float, 0), default=0.8, metavar="X",
+                         help="below 1 safer, above 1 more varied, 0 always the likeliest character (default: 0.8)")
+    writing.add_argument("--top-k", type=positive, metavar="K", help="choose among the K likeliest only")
+    writing.add_argument("--top-p", type=number(float, 0, 1.0000001, low_ok=False), metavar="P",
+                         help="choose among the likeliest that reach probability P only")
     return parser.parse_args(argv)
 
 
@@ -392,31 +398,93 @@ def save(path, meta, arrays):
 
 
 def load(path):
-    """(meta, arrays) of a checkpoint; Failure if it is none."""
+    """(meta, arrays) of a checkpoint; Failure if it is none. Nothing in the file is trusted before it has been checked."""
     try:
-        with numpy.load(io.BytesIO(read_file(path)), allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
+        arrays = read_arrays(read_file(path))
         meta = json.loads(arrays.pop("meta").item())
         if meta["version"] != VERSION:
             raise Failure(f"{path} has format version {meta['version']}, this program reads version {VERSION}")
-        if Config(**meta["model"]).vocab_size != len(meta["vocabulary"]):
-            raise ValueError("its vocabulary is not the model's")
-        if not {**FIXED, **FREE}.keys() <= meta["settings"].keys() or not {"name", "sha256"} <= meta["corpus"].keys():
-            raise ValueError("settings are missing")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, NotImplementedError, RuntimeError,
-            zipfile.BadZipFile, zlib.error) as error:
+        check(meta, arrays)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, NotImplementedError, RuntimeError, OverflowError,
+            SyntaxError, argparse.ArgumentTypeError, zipfile.BadZipFile, zlib.error) as error:
         raise Failure(f"{path} is not a checkpoint of this program, or it is damaged ({error})".replace("\n", " "))
     return meta, arrays
+
+
+def read_arrays(data):
+    """{name: array} of an npz file as `save` writes it: nothing compressed, no array larger than its part of the file.
+
+    So a file cannot make this program take more memory than a few times its own size, whatever it declares.
+    """
+    arrays = {}
+    with zipfile.ZipFile(io.BytesIO(data)) as file:
+        entries = file.infolist()
+        if sum(entry.file_size for entry in entries) > len(data) or any(entry.compress_type for entry in entries):
+            raise ValueError("it declares more than it holds")
+        for entry in entries:
+            stream = io.BytesIO(file.read(entry))
+            if numpy.lib.format.read_magic(stream) != (1, 0):
+                raise ValueError("it has an array of another format")
+            shape, _, dtype = numpy.lib.format.read_array_header_1_0(stream)
+            if dtype.hasobject or math.prod(shape) * dtype.itemsize != len(stream.getbuffer()) - stream.tell():
+                raise ValueError("it has an array of another size than declared")
+            stream.seek(0)
+            arrays[entry.filename.removesuffix(".npy")] = numpy.lib.format.read_array(stream, allow_pickle=False)
+    return arrays
+
+
+def is_count(value):
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def is_number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def check(meta, arrays):
+    """Raise ValueError (or what a wrong type leads to) unless a checkpoint is consistent in itself."""
+    config, vocabulary, settings, corpus = Config(**meta["model"]), meta["vocabulary"], meta["settings"], meta["corpus"]
+    if "".join(sorted(set(vocabulary))) != vocabulary or len(vocabulary) != config.vocab_size:
+        raise ValueError("its vocabulary is not the model's")
+    if settings.keys() != SETTINGS.keys():
+        raise ValueError("settings are missing or unknown")
+    for name, (default, parse, _) in SETTINGS.items():
+        value = settings[name]
+        if not (value is default is None) and (isinstance(value, bool) or parse(str(value)) != value):
+            raise ValueError(f"{name} is {value!r}")
+        if name in meta["model"] and value != meta["model"][name]:
+            raise ValueError(f"{name} of the run and of the model differ")
+    if not all(isinstance(corpus[name], str) for name in ("name", "sha256")) or not is_count(meta["step"]):
+        raise ValueError("its corpus or its step is missing")
+    for name, array in arrays.items():
+        if array.dtype != numpy.float32 or not numpy.isfinite(array).all():
+            raise ValueError(f"{name} has values that are not finite or not float32")
+    if sum(array.size for name, array in arrays.items() if name.startswith("parameters/")) != config.parameter_count():
+        raise ValueError("its parameters are not those of its model")
+
+
+def check_resumable(meta, arrays):
+    """Raise as `check` does unless there is all that training continues from; returns the memory, a list of arrays."""
+    config, batch_size = Config(**meta["model"]), meta["settings"]["batch_size"]
+    memory = [arrays[f"memory/{i}"] for i in range(config.n_layer)] if "memory/0" in arrays else []
+    if any(m.shape != (batch_size, memory[0].shape[1], config.d_model) or len(m[0]) > config.mem_len for m in memory):
+        raise ValueError("its memory has the wrong shape")
+    if any(arrays[name].shape != (config.parameter_count(),) for name in ("adam/m", "adam/v")) or (arrays["adam/v"] < 0).any():
+        raise ValueError("Adam's averages are wrong")
+    if not all(len(row) == 7 and all(x is None or is_number(x) for x in row) for row in meta["log"]):
+        raise ValueError("its log is wrong")
+    if not (all(is_number(meta[name]) for name in ("seconds", "loss_sum", "grad_norm")) and is_count(meta["loss_steps"])
+            and (meta["best"] is None or is_number(meta["best"]))):
+        raise ValueError("its running figures are wrong")
+    return memory
 
 
 def restore(model, arrays, path):
     """Copy "parameters/…" of a checkpoint into the model."""
     for name, parameter in model.parameters().items():
         array = arrays.get(f"parameters/{name}")
-        if array is None or array.shape != parameter.shape or array.dtype != parameter.dtype:
+        if array is None or array.shape != parameter.shape:
             raise Failure(f"{path} is damaged: parameter {name} is missing or has the wrong shape")
-        if not numpy.isfinite(array).all():
-            raise Failure(f"{path} is damaged: parameter {name} has values that are not finite")
         parameter.data[...] = xp.asarray(array)
 
 
@@ -470,9 +538,21 @@ def clock(seconds):
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
+def check_size(config, settings):
+    """Failure if the model, or one step on one batch, cannot fit into this machine's memory."""
+    B, T, M = settings["batch_size"], settings["seq_len"], settings["mem_len"]
+    rows = 2 * config.d_ff + 12 * config.d_model + config.n_head * (M + T)      # kept for each token and layer, roughly
+    needed = 4 * (6 * config.parameter_count() + config.n_layer * B * (T * rows + 3 * M * config.d_model))
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if needed > there:
+            raise Failure(f"this takes about {needed / 2**30:,.0f} GiB of memory and the machine has {there / 2**30:,.0f}: lower "
+                          "--batch-size, --seq-len, --mem-len or the size of the model", status=2)
+
+
 def start_or_resume(args):
-    """(settings, model, corpus, vocabulary, tokens, state) of a new run or of the one in args.out."""
-    given = {name: getattr(args, name) for name in {**FIXED, **FREE} if getattr(args, name) is not None}
+    """(settings, model, corpus, vocabulary, streams, held-out tokens, state) of a new run or of the one in args.out."""
+    given = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
     path = args.out / "checkpoint.npz"
     if args.resume:
         meta, arrays = load(path) if path.exists() else (None, None)
@@ -487,7 +567,8 @@ def start_or_resume(args):
         if path.exists() and not args.overwrite:
             raise Failure(f"{args.out} already holds a run: continue it with --resume, replace it with --overwrite, "
                           "or name another directory with --out DIR", status=2)
-        meta, arrays, settings = None, None, {**FIXED, **FREE, **given}
+        meta, arrays = None, None
+        settings = {**{name: default for name, (default, _, _) in SETTINGS.items()}, **given}
 
     text, corpus = find_corpus(args.data)
     if meta and meta["corpus"]["sha256"] != corpus["sha256"]:
@@ -503,36 +584,36 @@ def start_or_resume(args):
                                                              "dropout", "positions")})
     except ValueError as error:
         raise Failure(str(error).replace("_", "-"), status=2)
+    training, held_out = split(encode(text, vocabulary))
+    streams = Streams(training, settings["batch_size"], settings["seq_len"], settings["seed"])
+    check_size(config, settings)
     model = TransformerXL(config, seed=settings["seed"])
     if meta:
         restore(model, arrays, path)
-    return settings, model, corpus, vocabulary, encode(text, vocabulary), (meta, arrays)
+    return settings, model, corpus, vocabulary, streams, held_out, (meta, arrays)
 
 
 def train(args):
     """Train until --steps, or until asked to stop; returns the exit status."""
-    settings, model, corpus, vocabulary, tokens, (meta, arrays) = start_or_resume(args)
+    settings, model, corpus, vocabulary, streams, held_out, (meta, arrays) = start_or_resume(args)
     steps, lr, batch_size, seq_len = (settings[name] for name in ("steps", "lr", "batch_size", "seq_len"))
     eval_mem_len = settings["mem_len"] if settings["eval_mem_len"] is None else settings["eval_mem_len"]
-    train_tokens, val_tokens = split(tokens)
-    streams = Streams(train_tokens, batch_size, seq_len, settings["seed"])
     parts = row_parts(batch_size, args.threads)
     adam = Adam(model.parameters(), betas=(0.9, 0.99), weight_decay=0.1, clip=1.0, parts=len(parts))
     memories = [None] * len(parts)          # each process keeps the memory of its own part
     step, best, log, before, loss_sum, loss_steps, norm = 0, math.inf, [], 0.0, 0.0, 0, 0.0
     if meta:
         try:
-            step, log, before, loss_steps, norm = (meta[name] for name in (
-                "step", "log", "seconds", "loss_steps", "grad_norm"))
-            best = math.inf if meta["best"] is None else meta["best"]
-            loss_sum = xp.asarray(meta["loss_sum"], dtype=model.dtype)
-            adam.t = step
-            adam.m[...], adam.v[...] = xp.asarray(arrays["adam/m"]), xp.asarray(arrays["adam/v"])
-            if "memory/0" in arrays:
-                memory = [xp.asarray(arrays[f"memory/{i}"]) for i in range(model.config.n_layer)]
-                memories = [[layer[rows] for layer in memory] for rows in parts]
+            memory = check_resumable(meta, arrays)
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise Failure(f"{args.out / 'checkpoint.npz'} cannot be resumed from, it is damaged or of another kind ({error})")
+        step, log, before, loss_steps, norm = (meta[name] for name in ("step", "log", "seconds", "loss_steps", "grad_norm"))
+        best = math.inf if meta["best"] is None else meta["best"]
+        loss_sum = xp.asarray(meta["loss_sum"], dtype=model.dtype)
+        adam.t = step
+        adam.m[...], adam.v[...] = xp.asarray(arrays["adam/m"]), xp.asarray(arrays["adam/v"])
+        if memory:
+            memories = [[xp.asarray(layer[rows]) for layer in memory] for rows in parts]
         if step > steps or step == steps and log and log[-1][0] == step:
             print(f"the run in {args.out} is at step {step} already; --steps N with a larger N trains on")
             return 0
@@ -599,11 +680,11 @@ def train(args):
             due = step > 0 and (step % settings["eval_every"] == 0 or step == steps)
             if (due or step > 0 and step % settings["log_every"] == 0) and not (log and log[-1][0] == step):
                 check_finite()
-                mean_loss, grad_norm = float(loss_sum) / loss_steps, float(norm)
+                mean_loss, grad_norm = float(loss_sum) / max(1, loss_steps), float(norm)
                 speed = (step - since_step) * batch_size * seq_len / (time.perf_counter() - since)
                 val_loss = None
                 if due:
-                    val_loss = evaluate(model, val_tokens, batch_size, seq_len, eval_mem_len, args.threads, lambda: bool(stop))
+                    val_loss = evaluate(model, held_out, batch_size, seq_len, eval_mem_len, args.threads, lambda: bool(stop))
                     if val_loss is None:
                         break                   # stopped while evaluating; the resumed run begins with this evaluation
                 loss_sum, loss_steps = 0.0, 0

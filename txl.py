@@ -87,6 +87,10 @@ class Config:
     same_length: bool = False
 
     def __post_init__(self):
+        for field in dataclasses.fields(self):
+            kind, value = int | float if field.type is float else field.type, getattr(self, field.name)
+            if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
+                raise ValueError(f"{field.name} must be {getattr(kind, '__name__', kind)}, not {value!r}")
         for name in ("vocab_size", "n_layer", "n_head", "d_model", "d_ff"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
@@ -103,6 +107,15 @@ class Config:
             raise ValueError(f"clamp_len must not be negative, is {self.clamp_len}")
         if self.positions == "learned" and self.clamp_len is None:
             raise ValueError("positions='learned' needs clamp_len: the table has one row for each distance 0 … clamp_len")
+
+    def parameter_count(self):
+        """How many numbers a model of this configuration learns."""
+        V, D, F, H = self.vocab_size, self.d_model, self.d_ff, self.n_head
+        attention = 5 * D * D + 2 * D                       # W_q, W_kv, W_o, W_r; u, v
+        if self.positions == "learned":
+            attention = 4 * D * D + D + (self.clamp_len + 1) * (D + H)
+        layer = attention + 2 * D * F + F + D + 4 * D       # with W_1, W_2, b_1, b_2 and two norms
+        return V * D + self.n_layer * layer + (2 * D if self.pre_norm else 0) + (0 if self.tie_weights else D * V) + V
 
 
 # %% 2. Positions, and the relative shift
@@ -814,6 +827,7 @@ def generate(model, prompt, length, temperature=1.0, top_k=None, top_p=None, rng
     prompt = numpy.asarray(prompt)
     if prompt.ndim != 1 or prompt.size == 0:
         raise ValueError(f"generate: the prompt must be a non-empty list of tokens, not of shape {list(prompt.shape)}")
+    mem_len = min(mem_len, prompt.size + length)            # there will never be more to remember
     memory = None
     for segment in numpy.split(prompt, range(max(1, mem_len), prompt.size, max(1, mem_len))):
         with no_grad():

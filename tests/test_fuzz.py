@@ -1,0 +1,34 @@
+"""A slice of tests/fuzz.py: damaged checkpoints, texts and arguments, and runs that are killed."""
+import io
+import json
+import resource
+
+import numpy
+import pytest
+
+import fuzz
+import train_shakespeare as command
+
+
+@pytest.mark.parametrize("cases", [fuzz.checkpoints, fuzz.inputs])
+def test_damaged_input_ends_in_success_or_in_one_line(cases, tmp_path):
+    ends, slowest = fuzz.run(cases(400, seed=1, folder=tmp_path))
+    assert ends["accepted"] > 10 and ends["refused"] > 100
+    assert slowest < 1 and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 1 << 20
+
+
+def test_a_run_killed_at_random_moments_ends_with_the_bits_of_an_undisturbed_one(tmp_path):
+    assert fuzz.kill_and_resume(3, seed=1, folder=tmp_path) > 0
+
+
+@pytest.mark.parametrize("field, value", [("n_layer", 10**9), ("d_model", 10**6), ("mem_len", 10**30)])
+def test_a_checkpoint_cannot_declare_a_model_larger_than_itself(field, value, tmp_path):
+    with numpy.load(io.BytesIO(fuzz.checkpoint(tmp_path))) as file:
+        arrays = dict(file)
+    meta = json.loads(arrays["meta"].item())
+    meta["model"][field] = value
+    if field in meta["settings"]:
+        meta["settings"][field] = value
+    numpy.savez(tmp_path / "large.npz", **{**arrays, "meta": numpy.array(json.dumps(meta))})
+    with pytest.raises(command.Failure):
+        fuzz.load_checkpoint(tmp_path / "large.npz")
