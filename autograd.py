@@ -19,6 +19,7 @@ the gradient of an operation is the map from g to the gradient with respect to o
 
     loss = L(y),  y = f(x)      dL/dx[i] = sum over j of  g[j] * dy[j]/dx[i]      with  g[j] = dL/dy[j]
 """
+import builtins
 import contextlib
 import functools
 import itertools
@@ -191,12 +192,23 @@ class Tensor:
 
         A single number needs no `gradient`; more need the gradient of the final loss with respect to this
         Tensor, of this shape. The graph is released on the way: a second backward() through it is a RuntimeError.
+
+        >>> w, x = Tensor([1.0, 2.0], requires_grad=True), Tensor([3.0, 4.0])
+        >>> ((w * x) ** 2).sum().backward()     # the gradient is 2 w x^2
+        >>> w.grad.tolist()
+        [18.0, 64.0]
         """
         accumulate(leaf_gradients(self, gradient))
 
 
 def stop_gradient(x):
-    """SG(x) of the paper (section 3.2): the same value, through which no gradient flows."""
+    """SG(x) of the paper (section 3.2): the same value, through which no gradient flows.
+
+    >>> x = Tensor([3.0], requires_grad=True)
+    >>> (x * stop_gradient(x)).backward()       # as if it were x * 3
+    >>> x.grad.tolist()
+    [3.0]
+    """
     return x.detach()
 
 
@@ -253,6 +265,11 @@ def unbroadcast(g, shape):
     Broadcasting uses one element several times; its gradient is the sum over all its uses. [2, 3] + [3] adds the
     same vector to both rows, so the vector's gradient is g summed over the rows. Every operation below may return
     a gradient of the broadcast shape: backward() calls this one function for all of them.
+
+    >>> unbroadcast(numpy.array([[1, 2, 3], [10, 20, 30]]), (3,)).tolist()
+    [11, 22, 33]
+    >>> unbroadcast(numpy.array([[1, 2, 3], [10, 20, 30]]), (2, 1)).tolist()
+    [[6], [60]]
     """
     if g.shape == shape:
         return g
@@ -665,6 +682,9 @@ def softmax(a, mask=None):
     """Softmax over the last axis. Where boolean `mask` (broadcast to a) is True the weight is 0, as if x were -infinity.
 
     A row that is masked everywhere has only zeros.
+
+    >>> softmax(Tensor([[0.0, math.log(3.0)], [1000.0, 1000.0]])).numpy().round(12).tolist()
+    [[0.25, 0.75], [0.5, 0.5]]
     """
     x, = arrays(a)
     limits = xp.finfo(x.dtype)
@@ -696,6 +716,12 @@ def cross_entropy(logits, targets):
 
     logits [..., V], integer targets [...]. From the line above, with g = -1/N at the target and 0 elsewhere:
     dL/dlogits = (softmax(logits) - onehot(target)) / N: what the model believes, minus what was true.
+
+    >>> logits = Tensor([[0.0, 0.0, 0.0, 0.0]], requires_grad=True)
+    >>> loss = cross_entropy(logits, [2])
+    >>> loss.backward()
+    >>> round(loss.item() / math.log(2), 12), logits.grad.tolist()      # 2 bits to guess one of four
+    (2.0, [[0.25, 0.25, -0.75, 0.25]])
     """
     x, = arrays(logits)
     targets = targets.data if isinstance(targets, Tensor) else xp.asarray(targets)
@@ -933,3 +959,44 @@ def check_gradients(f, inputs, eps=1e-5, rtol=1e-6, atol=1e-7, samples=None, see
         raise GradientError(f"check_gradients: d/d({name}){list(place)}: backward() says {analytic:.10g}, "
                             f"finite differences say {numeric:.10g}")
     return largest
+
+
+# %% 7. A walk through it
+# `python autograd.py` prints this section.
+
+def walk_through():
+    print("1. A gradient by hand and by backward().   loss = sum_i (w_i x_i)^2   d loss/dw_i = 2 w_i x_i^2")
+    w, x = Tensor([1.0, 2.0, 3.0], requires_grad=True), Tensor([4.0, 5.0, 6.0])
+    loss = ((w * x) ** 2).sum()
+    loss.backward()
+    print(f"   by hand      {2 * w.numpy() * x.numpy() ** 2}\n   backward()   {w.grad}")
+
+    print("\n2. A value used twice: its gradients add.   y = w w + 3 w   dy/dw = 2 w + 3")
+    w = Tensor([5.0], requires_grad=True)
+    (w * w + 3 * w).backward()
+    print(f"   by hand      {2 * 5.0 + 3}\n   backward()   {w.grad[0]}")
+
+    print("\n3. Broadcasting: a row added to both rows of a matrix is used twice, so its gradient is the sum over them.")
+    row = Tensor([1.0, 2.0, 3.0], requires_grad=True)
+    g = numpy.array([[1.0, 2.0, 3.0], [10.0, 20.0, 30.0]])
+    (row + numpy.zeros((2, 3))).backward(g)
+    print(f"   g = {g.tolist()}   gradient of the row {row.grad}")
+
+    print("\n4. Softmax and cross-entropy: what the model believes, minus what was true.")
+    logits = Tensor([[2.0, 1.0, 0.0]], requires_grad=True)
+    cross_entropy(logits, [1]).backward()
+    print(f"   softmax      {softmax(logits.detach()).numpy()[0].round(4)}\n   gradient     {logits.grad[0].round(4)}   target 1")
+
+    print("\n5. The proof: finite differences against backward(), for a layer normalisation between two products.")
+    rng = numpy.random.default_rng(0)
+    inputs = [Tensor(rng.normal(size=shape), requires_grad=True) for shape in ((4, 3), (3, 5), (5,), (5,), (5, 2))]
+    error = check_gradients(lambda x, W, gain, bias, V: layer_norm(x @ W, gain, bias) @ V, inputs)
+    print(f"   largest difference over {builtins.sum(x.size for x in inputs)} numbers: {error:.1e}")
+    try:
+        check_gradients(lambda x: result(x.data ** 2, (x, lambda g: g * x.data)), [Tensor([3.0], requires_grad=True)])
+    except GradientError as wrong:
+        print(f"   and with a factor 2 forgotten: {wrong}")
+
+
+if __name__ == "__main__":
+    walk_through()

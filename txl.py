@@ -180,6 +180,9 @@ def rel_shift(x):
     same numbers up to the diagonal, other rubbish beyond it, and a copy; this is a view. labml's `shift_right` drops the
     last row where the authors' code drops the first because its table of positions runs the other way.)
 
+    >>> rel_shift(Tensor([[4, 3, 2, 1, 0]] * 3)).numpy().tolist()
+    [[2, 1, 0, 4, 3], [3, 2, 1, 0, 4], [4, 3, 2, 1, 0]]
+
     Back: every number goes to the place in the line from which it came. The last of a row and the first of the next
     came from the same one, so there the gradients add.
     """
@@ -208,7 +211,11 @@ def _shift_back(g):
 
 
 def hidden_keys(T, M, window=None):
-    """[T, K] booleans: True where query i must not see key j: the future and, with `window`, distances beyond it."""
+    """[T, K] booleans: True where query i must not see key j: the future and, with `window`, distances beyond it.
+
+    >>> hidden_keys(T=3, M=2).astype(int).tolist()
+    [[0, 0, 0, 1, 1], [0, 0, 0, 0, 1], [0, 0, 0, 0, 0]]
+    """
     distance = M + xp.arange(T)[:, None] - xp.arange(M + T)[None, :]
     return (distance < 0) if window is None else (distance < 0) | (distance > window)
 
@@ -507,7 +514,12 @@ class Layer:
 # `same_length`) M or more tokens before it, where a window slid by one token would be computed anew for each of them.
 
 def update_memory(memory, h, mem_len):
-    """The last mem_len of [memory o h]: [B, M, D], [B, T, D] -> [B, min(M + T, mem_len), D], a new array."""
+    """The last mem_len of [memory o h]: [B, M, D], [B, T, D] -> [B, min(M + T, mem_len), D], a new array.
+
+    >>> memory, segment = numpy.array([[[1], [2], [3]]]), numpy.array([[[4], [5]]])
+    >>> update_memory(memory, segment, mem_len=3)[0, :, 0].tolist()
+    [3, 4, 5]
+    """
     M, T = memory.shape[1], h.shape[1]
     new = min(T, mem_len)
     old = min(M, mem_len - new)
@@ -707,6 +719,9 @@ def warmup_cosine(step, steps, peak, warmup, final):
     """Learning rate of step 0, 1, …: a line up to `peak` over `warmup` steps, then half a cosine down to `final`.
 
     The warm-up is for v, which the first few gradients estimate badly; the decay lets the weights settle.
+
+    >>> [round(warmup_cosine(step, 8, peak=1.0, warmup=2, final=0.1), 3) for step in range(9)]
+    [0.5, 1.0, 1.0, 0.94, 0.775, 0.55, 0.325, 0.16, 0.1]
     """
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -850,3 +865,47 @@ def sample(logits, temperature, top_k, top_p, rng):
     if top_p is not None:
         p = p[:numpy.searchsorted(p, top_p * p[-1]) + 1]
     return int(order[numpy.searchsorted(p[:-1], rng.random() * p[-1], side="right")])
+
+
+# %% 11. A walk through it
+# `python txl.py` prints this section.
+
+def walk_through():
+    print("1. The relative shift. Every row of the scores counts distances; shifted, column j is key j.   T = 3, M = 2")
+    scores = Tensor(numpy.tile([4.0, 3.0, 2.0, 1.0, 0.0], (3, 1)))
+    for before, after, hidden in zip(scores.numpy(), rel_shift(scores).numpy(), hidden_keys(3, 2)):
+        print("  ", *(f"{n:.0f}" for n in before), "  -->  ", *("." if h else f"{n:.0f}" for n, h in zip(after, hidden)))
+
+    print("\n2. One pass over 12 tokens, and three passes over 4 with the memory of those before: the same logits.")
+    model = TransformerXL(Config(vocab_size=5, n_layer=2, n_head=2, d_model=16, d_ff=32, mem_len=8), dtype=numpy.float64)
+    text = numpy.random.default_rng(0).integers(5, size=(1, 12))
+    whole, memory, pieces = model(text)[0].numpy(), None, []
+    for at in range(0, 12, 4):
+        logits, memory = model(text[:, at:at + 4], memory)
+        pieces.append(logits.numpy())
+    alone = numpy.concatenate([model(text[:, at:at + 4])[0].numpy() for at in range(0, 12, 4)], axis=1)
+    print(f"   largest difference with memory {abs(whole - numpy.concatenate(pieces, axis=1)).max():.0e}, "
+          f"without {abs(whole - alone).max():.2f}")
+
+    print("\n3. A tiny model learns four lines by heart, in segments of 16 with a memory of 16.")
+    verse = "Shall I compare thee to a summer's day?\nThou art more lovely and more temperate:\n" \
+            "Rough winds do shake the darling buds of May,\nAnd summer's lease hath all too short a date;\n"
+    letters = sorted(set(verse))
+    tokens = numpy.array([letters.index(letter) for letter in verse * 2])
+    model = TransformerXL(Config(len(letters), n_layer=2, n_head=2, d_model=32, d_ff=64, mem_len=16), seed=1)
+    adam, memory = Adam(model.parameters(), lr=1e-2, clip=1.0), None
+    for step in range(501):
+        at = step * 16 % len(verse)
+        loss, memory = loss_and_memory(model, tokens[None, at:at + 16], tokens[None, at + 1:at + 17], memory)
+        loss.backward()
+        adam.step(warmup_cosine(step, 500, 1e-2, 20, 1e-4))
+        adam.zero_grad()
+        if step % 100 == 0:
+            print(f"   step {step:3}   loss {loss.item():.3f}")
+    line = verse.index("\n") + 1
+    told = generate(model, tokens[:line], len(verse) - line - 1, temperature=0)
+    print("   told the first line, it goes on:\n       " + "".join(letters[token] for token in told).replace("\n", "\n       "))
+
+
+if __name__ == "__main__":
+    walk_through()

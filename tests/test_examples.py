@@ -1,0 +1,41 @@
+"""What the files show when they are run or read: the worked examples in docstrings and the walks through them."""
+import doctest
+import pathlib
+import subprocess
+import sys
+
+import numpy
+import pytest
+
+import autograd
+import txl
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu():
+    module, autograd.xp.module = autograd.xp.module, numpy
+    yield
+    autograd.xp.module = module
+
+
+@pytest.mark.parametrize("module, least", [(autograd, 8), (txl, 4)], ids=["autograd", "txl"])
+def test_worked_examples_in_docstrings(module, least):
+    failed, tried = doctest.testmod(module)
+    assert failed == 0 and tried >= least
+
+
+def walk_through(file):
+    return subprocess.run([sys.executable, file], cwd=ROOT, check=True, capture_output=True, text=True, timeout=60).stdout
+
+
+def test_the_walk_through_autograd():
+    out = walk_through("autograd.py")
+    assert out.count("[ 32. 100. 216.]") == 2 and "forgotten: check_gradients: d/d(input 0)[0]" in out
+
+
+def test_the_walk_through_the_model():
+    out = walk_through("txl.py")
+    assert "4 3 2 1 0   -->   3 2 1 0 ." in out
+    assert out.rstrip().endswith("And summer's lease hath all too short a date;")
