@@ -26,6 +26,7 @@ import itertools
 import math
 import mmap
 import multiprocessing
+import os
 import signal
 import sys
 import threading
@@ -55,17 +56,21 @@ class DeviceError(RuntimeError):
     """The device asked for cannot be used; the message is one sentence that says what to do."""
 
 
-def use_device(name):
+def use_device(name, tf32=False):
     """Compute on "cpu" (NumPy) or "gpu" (CuPy) from now on. Arrays made before stay where they are.
+
+    tf32   let the GPU round the factors of float32 products to 10 bits, which is faster; to be said before the first use
 
     Raises DeviceError when CuPy or a CUDA device is missing, ValueError for any other name.
     """
     if name not in ("cpu", "gpu"):
         raise ValueError(f"use_device: the device is 'cpu' or 'gpu', not {name!r}")
-    xp.module = numpy if name == "cpu" else _cupy()
+    xp.module = numpy if name == "cpu" else _cupy(tf32)
 
 
-def _cupy():
+def _cupy(tf32):
+    if tf32:
+        os.environ["CUPY_TF32"] = "1"       # CuPy reads it when it is imported
     try:
         import cupy
     except ImportError as error:

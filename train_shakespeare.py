@@ -99,11 +99,13 @@ FIXED = {
     "lr": (3e-3, number(float, 0, low_ok=False), "peak learning rate"),
     "seed": (1, whole, "of weights and dropout")}
 FREE = {
-    "steps": (3000, positive, "training steps in all"),
+    "steps": (3600, positive, "training steps in all"),
     "eval_mem_len": (None, whole, "memory when evaluating and generating (default: --mem-len)"),
     "log_every": (50, positive, "steps between log lines"),
-    "eval_every": (500, positive, "steps between evaluations, each with a checkpoint")}
+    "eval_every": (600, positive, "steps between evaluations, each with a checkpoint")}
 SETTINGS = {**FIXED, **FREE}
+ON_A_GPU = {"n_layer": 6, "n_head": 6, "d_model": 384, "d_ff": 1536, "mem_len": 256, "dropout": 0.2, "batch_size": 64,
+            "seq_len": 256, "lr": 1e-3, "steps": 2000, "eval_every": 250}      # defaults there, where they differ
 
 
 class Parser(argparse.ArgumentParser):
@@ -125,17 +127,20 @@ def parse_arguments(argv=None):
 
     where = parser.add_argument_group("where")
     where.add_argument("--device", choices=["cpu", "gpu"], default="cpu", help="NumPy or CuPy (default: cpu)")
+    where.add_argument("--tf32", action="store_true", help="on a GPU: faster, less exact float32 products")
     where.add_argument("--data", metavar="FILE", type=pathlib.Path, help="a UTF-8 text (default: Tiny Shakespeare)")
     where.add_argument("--out", metavar="DIR", type=pathlib.Path, default=pathlib.Path("runs/shakespeare"),
                        help="directory of the run (default: runs/shakespeare)")
     where.add_argument("--threads", type=number(int, 1, 1025), default=min(cores, 8), metavar="N",
-                       help=f"threads that share a batch on the CPU (default here: {min(cores, 8)})")
+                       help=f"processes that share a batch on the CPU (default here: {min(cores, 8)})")
 
     for title, settings in (("the run (fixed when it is resumed)", FIXED), ("training", FREE)):
         group = parser.add_argument_group(title)
         for name, (default, parse, help) in settings.items():
-            group.add_argument(f"--{name.replace('_', '-')}", type=parse, metavar="X" if isinstance(default, float) else "N",
-                               help=help + (f" (default: {default})" if default is not None else ""))
+            if default is not None:
+                help += f" (default: {default}" + (f"; on a GPU {ON_A_GPU[name]})" if name in ON_A_GPU else ")")
+            group.add_argument(f"--{name.replace('_', '-')}", type=parse, help=help,
+                               metavar={int: "N", float: "X"}.get(type(default), "N" if default is None else "FORM"))
 
     writing = parser.add_argument_group("with --generate")
     writing.add_argument("--length", type=whole, default=500, metavar="N", help="characters to write (default: 500)")
@@ -568,7 +573,8 @@ def start_or_resume(args):
             raise Failure(f"{args.out} already holds a run: continue it with --resume, replace it with --overwrite, "
                           "or name another directory with --out DIR", status=2)
         meta, arrays = None, None
-        settings = {**{name: default for name, (default, _, _) in SETTINGS.items()}, **given}
+        settings = {**{name: default for name, (default, _, _) in SETTINGS.items()},
+                    **(ON_A_GPU if args.device == "gpu" else {}), **given}
 
     text, corpus = find_corpus(args.data)
     if meta and meta["corpus"]["sha256"] != corpus["sha256"]:
@@ -846,7 +852,7 @@ def main(argv=None):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")        # a terminal that cannot show a character shows a question mark
     try:
-        use_device(args.device)
+        use_device(args.device, args.tf32)
         keep_freed_memory()
         if args.eval:
             evaluate_run(args)

@@ -34,8 +34,8 @@ characters do not need, are left out. As there, embeddings are multiplied by sqr
 implementation at nn.labml.ai/transformers/xl.
 
 Reading order: 1. the configuration   2. positions, and the relative shift   3. relative attention
-               4. the same attention, faster   5. the layer   6. memory   7. the model   8. the loss   9. Adam
-               10. generation
+               4. the same attention, faster   5. the layer   6. memory   7. the model
+               8. the loss, and what is attended to   9. Adam   10. generation   11. a walk through it
 
 Shapes are written in comments with these letters:
 
@@ -317,27 +317,6 @@ class RelativeMultiHeadAttention:
         return (q + self.v.reshape(H, 1, d)) @ r
 
 
-def attention_by_distance(model, tokens, memory):
-    """How far back each layer looks: mean attention weights [n_layer, K], element n for the key n tokens back.
-
-    The mean is over heads, sequences and those queries of `tokens` [B, T] that see so far; `memory` as in a call of model.
-    """
-    B, T = tokens.shape
-    M, config, rows = memory[0].shape[1], model.config, []
-    with no_grad():
-        _, inputs = model(tokens, memory, mem_len=M + T)        # the input of each layer: memory and segment
-        positions, mask = relative_positions(config, T, M, model.dtype), hidden_keys(T, M)
-        distance = M + xp.arange(T)[:, None] - xp.arange(M + T)[None, :]
-        for layer, h in zip(model.layers, inputs):
-            m, x, norm = h[:, :M], Tensor(h[:, M:]), None
-            if config.pre_norm:
-                m, x, norm = normalise(Tensor(m)).data, normalise(x), layer.attention_norm
-            q, kv = layer.attention.project(x, Tensor(m), norm)
-            weights = layer.attention.weights(q, kv, positions, mask).data.mean(axis=(0, 1))       # [T, K]
-            rows.append([weights[distance == n].mean().item() for n in range(M + T)])
-    return numpy.array(rows)
-
-
 # The parameters start as random numbers from NumPy's generator on every device, so that a seed means the same model
 # on the CPU and on the GPU. With the spread 1/sqrt(3 n) a product over n inputs is about 0.6 times the size of its input;
 # what is added to the residual stream 2 * n_layer times starts smaller by sqrt(2 * n_layer) (as in GPT-2).
@@ -600,7 +579,7 @@ def named_tensors(part, prefix=""):
                 yield from named_tensors(item, f"{prefix}{name}." if key is None else f"{prefix}{name}.{key}.")
 
 
-# %% 8. The loss
+# %% 8. The loss, and what is attended to
 # The model's loss is the mean cross-entropy of the next token, in nats: -log of the probability it gave to what came.
 # ln 2 nats are one bit, so bits per character = nats / ln 2; perplexity = exp(nats), the number of equally likely
 # tokens that would be as hard to guess from.
@@ -609,6 +588,28 @@ def loss_and_memory(model, tokens, targets, memory=None, generator=None):
     """(mean cross-entropy in nats: a scalar Tensor, the new memory). tokens, targets [B, T]."""
     logits, memory = model(tokens, memory, generator)
     return cross_entropy(logits, targets), memory
+
+
+def attention_by_distance(model, tokens, memory):
+    """How far back each layer looks: mean attention weights [n_layer, K], element n for the key n tokens back.
+
+    The mean is over heads, sequences and those queries of `tokens` [B, T] that see so far; `memory` as in a call of model.
+    """
+    B, T = tokens.shape
+    M, config, rows = memory[0].shape[1], model.config, []
+    with no_grad():
+        _, inputs = model(tokens, memory, mem_len=max(M, T))    # the end of each layer's new memory is its input
+        positions = relative_positions(config, T, M, model.dtype)
+        mask = hidden_keys(T, M, M if config.same_length else None)
+        distance = M + xp.arange(T)[:, None] - xp.arange(M + T)[None, :]
+        for layer, m, h in zip(model.layers, memory, inputs):
+            x, norm = Tensor(h[:, h.shape[1] - T:]), None
+            if config.pre_norm:
+                m, x, norm = normalise(Tensor(m)).data, normalise(x), layer.attention_norm
+            q, kv = layer.attention.project(x, Tensor(m), norm)
+            weights = layer.attention.weights(q, kv, positions, mask).data.mean(axis=(0, 1))       # [T, K]
+            rows.append([weights[distance == n].mean().item() for n in range(M + T)])
+    return numpy.array(rows)
 
 
 # %% 9. Adam

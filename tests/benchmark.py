@@ -227,6 +227,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("configs", nargs="*", metavar="CONFIG", help=f"of {', '.join(CONFIGS)} (default: those for the CPU)")
     parser.add_argument("--device", choices=["cpu", "gpu"], default="cpu")
+    parser.add_argument("--tf32", action="store_true", help="on a GPU: faster, less exact float32 products")
     parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
@@ -239,7 +240,7 @@ def main():
     for name in args.configs:
         if name not in CONFIGS:
             parser.error(f"no configuration {name!r}; there are {', '.join(CONFIGS)}")
-    autograd.use_device(args.device)
+    autograd.use_device(args.device, args.tf32)
     autograd.keep_freed_memory()
     threads = args.threads if args.device == "cpu" else 1
     program = f"{xp.module.__name__} {xp.module.__version__}"
