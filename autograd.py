@@ -3,8 +3,8 @@
 
 Training a network means following the gradient of one number, the loss, with respect to a million numbers,
 the parameters. The chain rule can be multiplied out from either end. Forwards, from the parameters, it takes
-one pass for every parameter. Backwards, from the loss, it takes one pass in all, at about twice the cost of
-computing the loss itself, because every intermediate result then needs only one gradient: that of one number.
+one pass for every parameter. Backwards, from the loss, it takes one pass in all, because every intermediate result
+then needs only one gradient: that of one number. The pass costs about twice as much as computing the loss.
 That is reverse mode, and this file is all of it:
 
     1. the device      which array library computes: NumPy on the CPU, CuPy on a CUDA GPU
@@ -13,12 +13,14 @@ That is reverse mode, and this file is all of it:
     4. the notation    NumPy's operators on Tensor
     5. the workers     several graphs at once, one for each part of a batch
     6. the proof       check_gradients: every gradient against finite differences
+    7. a walk through  what `python autograd.py` prints: all of this with numbers
 
 Throughout, `g` is the gradient of the loss with respect to an operation's result y, an array of y's shape, and
 the gradient of an operation is the map from g to the gradient with respect to one operand:
 
     loss = L(y),  y = f(x)      dL/dx[i] = sum over j of  g[j] * dy[j]/dx[i]      with  g[j] = dL/dy[j]
 """
+import atexit
 import builtins
 import contextlib
 import functools
@@ -31,6 +33,7 @@ import signal
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.reduction import ForkingPickler
 
 import numpy
 
@@ -103,7 +106,7 @@ def keep_freed_memory():
 
     A training step allocates and frees the same few hundred arrays again and again. glibc by default hands every
     large one back to the kernel and gets it anew, and the page faults cost more than the arithmetic in the array
-    (with this a training step of the default model takes 0.88 of the time). Without glibc this does nothing.
+    (with this a training step of a model with 4 layers of width 128 takes 0.88 of the time). Without glibc this does nothing.
     """
     import ctypes
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3         # <malloc.h>
@@ -116,7 +119,8 @@ def keep_freed_memory():
 
 # %% 2. The graph
 # Every operation makes a Tensor that remembers its operands and, for each operand, the function that carries a
-# gradient back to it. These edges are the "tape". Nothing is compiled: the graph is whatever the Python code did.
+# gradient back to it. Each such pair is an edge; the edges are the "tape". A Tensor without edges is a leaf: a
+# parameter, or a constant. Nothing is compiled: the graph is whatever the Python code did.
 #
 #     x ──┐
 #         ├─ multiply ── y ── sum ── loss          loss.backward() walks the edges from right to left
@@ -148,7 +152,7 @@ class Tensor:
     """An array that knows where it came from.
 
     data            array of the current device's library, any shape (lists and numbers are converted)
-    requires_grad   True for a parameter, and for everything computed from one
+    requires_grad   True for a parameter, and for everything computed from one while recording
     grad            of a parameter after backward(): d(loss)/d(data), an array of the shape and dtype of `data`, to which
                     repeated calls add; otherwise None
     """
@@ -497,11 +501,11 @@ def index(a, key):
     """a[key]: any of NumPy's indices. An element picked several times by an integer array gets a sum."""
     x, = arrays(a)
     parts = tuple(part.data if isinstance(part, Tensor) else part for part in (key if isinstance(key, tuple) else (key,)))
-    once = all(part is None or part is Ellipsis or isinstance(part, (int, slice)) for part in parts)
+    distinct = all(part is None or part is Ellipsis or isinstance(part, (int, slice)) for part in parts)
 
     def gradient(g):
         out = xp.zeros_like(x)
-        if once:
+        if distinct:
             out[parts] = g
         else:
             xp.add.at(out, parts, g)
@@ -532,7 +536,7 @@ def pad(a, widths):
 
 @op
 def astype(a, dtype):
-    """The only way to change a dtype. The gradient comes back in the operand's own; integers have none."""
+    """The only way to change a floating-point dtype. The gradient comes back in the operand's own; integers have none."""
     x, = arrays(a)
     y = x.astype(dtype)
     return result(y, *([(a, lambda g: g.astype(x.dtype))] if y.dtype.kind == "f" else []))
@@ -574,7 +578,7 @@ def max(a, axis=None, keepdims=False):
     return result(x.max(axis=axis, keepdims=keepdims), (a, gradient))
 
 
-# Matrix products. For Y = X W:  dL/dX = g W^T  and  dL/dW = X^T g. (Only these two have the right shapes.)
+# Matrix products. For Y = X W:  dL/dX = g W^T  and  dL/dW = X^T g.
 
 @op
 def matmul(a, b):
@@ -606,11 +610,12 @@ def linear(a, weight, bias, gain=None, shift=None, before=None):
 
     gain and shift are those of a layer normalisation. They join the weights, (a gain + shift) W = a (gain W) + shift W,
     so that they meet one small matrix instead of every row. And their gradients follow from a^T g, which W's needs
-    anyway, instead of from g (gain W)^T, the gradient of the rows: where a is a constant, that product is not computed.
+    anyway, instead of from g (gain W)^T, the gradient of the rows, which is not computed where a is a constant.
 
-    before   an array of constants to which a is appended along axis 1: they share the product, and get no gradient
+    before   constants [B, M, n] put in front of a [B, T, n]; the result [B, M + T, m] has their rows too, they get no
+             gradient
     """
-    x, w, b = arrays(a, weight, bias)
+    x, w, b, *_ = arrays(a, weight, bias, *([] if before is None else [before]))
     shape, first = x.shape, 0
     if before is not None:
         x, first = xp.concatenate([before, x], axis=1), before.shape[1]
@@ -665,6 +670,7 @@ def embedding(table, ids):
 
 # The softmax and its relatives. With y = softmax(x), y[i] = exp(x[i]) / sum_j exp(x[j]):
 #
+#     log y[j] = x[j] - log sum_k exp(x[k])     d log y[j] / dx[i] = 1[i = j] - y[i]
 #     dy[j]/dx[i] = y[j] (1[i = j] - y[i])      dL/dx[i] = sum_j g[j] dy[j]/dx[i] = y[i] (g[i] - sum_j g[j] y[j])
 #
 # Adding a constant to every x[i] changes nothing; subtracting the largest keeps exp from overflowing.
@@ -719,7 +725,7 @@ def log_softmax(a):
 def cross_entropy(logits, targets):
     """Mean over all positions of -log softmax(logits)[target], in nats.
 
-    logits [..., V], integer targets [...]. From the line above, with g = -1/N at the target and 0 elsewhere:
+    logits [..., V], integer targets [...]. From log_softmax, with N positions and g = -1/N at the target, 0 elsewhere:
     dL/dlogits = (softmax(logits) - onehot(target)) / N: what the model believes, minus what was true.
 
     >>> logits = Tensor([[0.0, 0.0, 0.0, 0.0]], requires_grad=True)
@@ -750,7 +756,8 @@ def cross_entropy(logits, targets):
 #     dz[j]/dx[i] = s (1[i = j] - 1/n - z[j] z[i] / n)
 #     dL/dx[i] = sum_j g[j] dz[j]/dx[i] = s (g[i] - mean(g) - z[i] mean(g z))
 #
-# The gradient loses its component along a shift of the row and along a stretch of it, as the row itself did.
+# Shifting or stretching a row leaves z as it is, so the gradient has no part in those two directions. The scale and
+# shift that follow are a multiplication and an addition, with the gradients of those.
 
 @op
 def normalise(a, eps=1e-5):
@@ -820,6 +827,10 @@ def shared_zeros(shape, dtype):
     return numpy.frombuffer(mmap.mmap(-1, size or 1), dtype=dtype, count=math.prod(shape)).reshape(shape)
 
 
+class WorkerError(RuntimeError):
+    """A worker process has ended before its answer."""
+
+
 class Workers:
     """Calls a function for several parts at once: the first in this process, each other in a fork of it.
 
@@ -828,57 +839,72 @@ class Workers:
 
     The processes start with everything there is when Workers(…) is called and stay until close(), so a function finds
     what its earlier call for the same part left behind. What it changes stays in its process, except in arrays of
-    `shared_zeros`; arguments and results travel through a pipe. An exception of a part is raised here, once all parts
-    have answered; a process that ends before its answer is a RuntimeError. Where there is no fork (only Linux's is used)
-    the parts run in threads.
+    `shared_zeros`: the parameters are such arrays, and so are the gradients, a row for each part, which are then added
+    up. Arguments and results travel through a pipe and are plain data or arrays. An exception of a part is raised here,
+    once all parts have answered; a process that has ended is a WorkerError. On other systems than Linux the parts run
+    in threads; on a GPU there can be only one.
     """
 
     def __init__(self, parts, functions):
         self.parts, self.functions, self.processes, self.pipes, self.threads = list(parts), list(functions), [], [], None
+        if len(self.parts) > 1 and xp.module is not numpy:
+            raise ValueError("Workers: a GPU takes one part")
         if len(self.parts) > 1 and not sys.platform.startswith("linux"):
             self.threads = ThreadPoolExecutor(len(self.parts))
             return
-        fork = multiprocessing.get_context("fork")
-        for part in self.parts[1:]:
-            pipe, its_pipe = fork.Pipe()
-            self.pipes.append(pipe)
-            process = fork.Process(target=self._serve, args=(part, its_pipe), daemon=True)
-            process.start()
-            its_pipe.close()
-            self.processes.append(process)
+        atexit.register(self.close)
+        try:
+            for part in self.parts[1:]:
+                fork = multiprocessing.get_context("fork")
+                pipe, its_pipe = fork.Pipe()
+                self.pipes.append(pipe)
+                self.processes.append(fork.Process(target=self._serve, args=(part, its_pipe), daemon=True))
+                self.processes[-1].start()
+                its_pipe.close()
+        except BaseException:
+            self.close()
+            raise
 
     def _serve(self, part, pipe):
         """The life of a forked process: answer until the pipe is closed at the other end."""
-        signal.signal(signal.SIGINT, signal.SIG_IGN)    # Ctrl-C is for the first process, which then closes the pipes
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in (signal.SIGINT, signal.SIGTERM):  # these are for the first process, whose close() ends this one
+            signal.signal(number, signal.SIG_IGN)
         for other in self.pipes:
             other.close()
         with contextlib.suppress(EOFError, OSError):
             while True:
                 function, arguments = pipe.recv()
+                answer = self._answer(self.functions[function], part, arguments)
                 try:
-                    answer = self.functions[function](part, *arguments), None
-                except Exception as error:
-                    answer = None, error
+                    ForkingPickler.loads(ForkingPickler.dumps(answer))
+                except Exception:                       # a Tensor with its graph, an exception that cannot be made again, …
+                    answer = None, RuntimeError(f"a worker's answer cannot travel through a pipe: {answer!r:.200}")
                 pipe.send(answer)
+
+    @staticmethod
+    def _answer(function, part, arguments):
+        try:
+            return function(part, *arguments), None
+        except Exception as error:
+            return None, error
 
     def __call__(self, function, *arguments):
         """[function(part, *arguments) for part in parts]; `function` is one of those given at the start."""
+        number = self.functions.index(function)         # functions do not travel; the processes have them already
         if self.threads:
-            return list(self.threads.map(lambda part: function(part, *arguments), self.parts))
-        number = self.functions.index(function)
-        for pipe in self.pipes:
-            pipe.send((number, arguments))
-        answers = []
-        try:
-            answers.append((function(self.parts[0], *arguments), None))
-        except Exception as error:
-            answers.append((None, error))
-        for pipe in self.pipes:
+            answers = list(self.threads.map(lambda part: self._answer(function, part, arguments), self.parts))
+        else:
             try:
-                answers.append(pipe.recv())
+                for pipe in self.pipes:
+                    pipe.send((number, arguments))
+                answers = [self._answer(function, self.parts[0], arguments)]
+                answers += [pipe.recv() for pipe in self.pipes]
             except (EOFError, OSError) as error:
-                raise RuntimeError("a worker process ended unexpectedly (out of memory?)") from error
+                self.close()
+                raise WorkerError("a worker process has ended unexpectedly; most often the system had no memory left") from error
+            except BaseException:                       # Ctrl-C: what is still in the pipes belongs to nobody
+                self.close()
+                raise
         for _, error in answers:
             if error is not None:
                 raise error
@@ -886,12 +912,15 @@ class Workers:
 
     def close(self):
         """End the processes, also in the middle of their work."""
-        for process, pipe in zip(self.processes, self.pipes):
+        for pipe in self.pipes:
             pipe.close()
-            process.kill()
-            process.join()
+        for process in self.processes:
+            if process.pid:
+                process.kill()
+                process.join()
         if self.threads:
             self.threads.shutdown()
+        atexit.unregister(self.close)
 
     def __enter__(self):
         return self
@@ -902,8 +931,9 @@ class Workers:
 
 # %% 6. The proof
 # A derivative is a limit, and the limit can be tried: (f(x + eps) - f(x - eps)) / (2 eps) differs from f'(x) by
-# eps^2 f'''/6 and by rounding, about 1e-16 |f| / eps. In float64 with eps = 1e-5 both are near 1e-10, so a gradient
-# with a wrong sign, factor or index cannot hide; in float32 it could, which is why float32 is refused.
+# eps^2 f'''/6 and by rounding, about 1e-16 |f| / eps. In float64 with eps = 1e-5 both are near 1e-11 where f and f''' are
+# near 1, so a gradient with a wrong sign, factor or index cannot hide. In float32 rounding alone is 6e-8 / 1e-5 = 6e-3, and it
+# could: float32 is refused.
 
 class GradientError(AssertionError):
     """backward() and finite differences disagree."""
@@ -1000,7 +1030,7 @@ def walk_through():
     try:
         check_gradients(lambda x: result(x.data ** 2, (x, lambda g: g * x.data)), [Tensor([3.0], requires_grad=True)])
     except GradientError as wrong:
-        print(f"   and with a factor 2 forgotten: {wrong}")
+        print(f"   and of x^2 with the factor 2 forgotten (weighted at random): {wrong}")
 
 
 if __name__ == "__main__":

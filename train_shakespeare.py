@@ -43,8 +43,8 @@ import zlib
 
 import numpy
 
-from autograd import (DeviceError, Workers, keep_freed_memory, leaf_gradients, log_softmax, no_grad, to_numpy, use_device,
-                      xp)
+from autograd import (DeviceError, WorkerError, Workers, keep_freed_memory, leaf_gradients, log_softmax, no_grad, to_numpy,
+                      use_device, xp)
 from txl import Adam, Config, TransformerXL, attention_by_distance, generate, loss_and_memory, warmup_cosine
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -863,7 +863,7 @@ def main(argv=None):
         else:
             return train(args)
         return 0
-    except (Failure, DeviceError) as failure:
+    except (Failure, DeviceError, WorkerError) as failure:
         print(f"train_shakespeare.py: {failure}", file=sys.stderr)
         return getattr(failure, "status", 1)
     except MemoryError:

@@ -7,6 +7,11 @@ itself, and two things go wrong: nothing further back than T can ever be used, a
 are predicted from almost nothing, although the text before them has just been read. Sliding the window by one token
 at a time mends the second when evaluating, at the price of computing everything T times over.
 
+(Attention, for whom it is new: each token's state is multiplied by three learned matrices to give a query, what it
+looks for, a key, what it offers, and a value, what it passes on. A query's dot products with all keys up to its own are
+its scores; a softmax makes them weights; the token receives the values in these proportions. Several heads do this
+side by side, each with its share of the width. A layer is attention followed by a small network for each token alone.)
+
 The answer. Keep what entered each layer for the previous segment (the embeddings for layer 1, layer 1's output for
 layer 2, …), and let the same layer attend to it in the next segment. With T = 4 tokens and a memory of M = 4 states:
 
@@ -18,20 +23,13 @@ layer 2, …), and let the same layer attend to it in the next segment. With T =
     embeddings    m  m  m  m       o  o  o  o       .  .  .  .     The last m attended to these when it was computed.
                   F  i  r  s       t  _  C  i       t  i  z  e
 
-Values flow along all lines, gradients only along those within a segment. Every layer reaches one memory further back,
-so N layers see about N * M tokens beyond their segment (here 2 * 4), and each token is still computed only once. The
-cost: attention over M + T keys instead of T, M states a layer to keep, and no learning of what would be good to keep.
+Values flow along all lines, gradients only within the segment being trained. Every layer reaches one memory further
+back, so with M = T, as here, N layers see N * M tokens beyond their segment (2 * 4). Each token is still computed only
+once. The cost: attention over M + T keys instead of T, M states a layer to keep, and no learning of what would be good to keep.
 
 It needs one change to the Transformer: positions must be *relative*. If a token carried its absolute position in the
 segment, 0 … T-1, then memory and segment would both claim 0 … T-1 and attention could not tell them apart. How far
 back a key lies from a query, in contrast, does not depend on where the text was cut.
-
-Where this differs from the paper: pre-norm layers are the default, post-norm is an option. Where it differs from the
-authors' code (github.com/kimiyoung/transformer-xl): the memory has n_layer entries, not n_layer + 1 (nothing attends to
-the last layer's output); u and v are each layer's own, not shared by all; with `same_length` a query sees itself and
-mem_len keys, one more than there; R gets no dropout; `rel_shift` is a view; adaptive softmax and embeddings, which
-characters do not need, are left out. As there, embeddings are multiplied by sqrt(D). "labml" is the annotated
-implementation at nn.labml.ai/transformers/xl.
 
 Reading order: 1. the configuration   2. positions, and the relative shift   3. relative attention
                4. the same attention, faster   5. the layer   6. memory   7. the model
@@ -43,7 +41,16 @@ Shapes are written in comments with these letters:
     H  heads    D  d_model                           d = D / H                                       V  vocabulary
 
 From autograd.py: `xp` is NumPy or CuPy. A Tensor is an array with a gradient. `result(y, (x, f))` makes the Tensor of an
-operation with value y whose gradient g goes on to x as f(g). `linear(x, W, b, gain, shift)` is (x * gain + shift) W + b.
+operation with value y whose gradient g goes on to x as f(g); `@op` and `arrays` only check its operands, `once` keeps
+what several gradients share. `linear(x, W, b, gain, shift, before)` is ([before o x] * gain + shift) W + b.
+`normalise` is layer normalisation without gain and bias. `row_sums` and `row_dots` sum over the last axis.
+
+Where this differs from the paper: pre-norm layers are the default, post-norm is an option. Where it differs from the
+authors' code (github.com/kimiyoung/transformer-xl): the memory has n_layer entries, not n_layer + 1 (nothing attends to
+the last layer's output); u and v are each layer's own, not shared by all; with `same_length` a query sees itself and
+mem_len keys, one more than there; R gets no dropout; `rel_shift` is a view; adaptive softmax and embeddings, which
+characters do not need, are left out. As there, embeddings are multiplied by sqrt(D). "labml" is the annotated
+implementation at nn.labml.ai/transformers/xl.
 """
 import dataclasses
 import math
@@ -157,14 +164,14 @@ def relative_positions(config, T, M, dtype):
 def rel_shift(x):
     """From columns that count distance to columns that count keys: [..., T, K] -> [..., T, K].
 
-    Query i needs, for key j, the score of distance M + i - j. A vector for each of the T * K pairs (i, j) would have to
-    be computed or fetched; but there are only K distances, so attention makes K vectors once and scores all queries
+    Query i needs, for key j, the score of distance M + i - j. Done directly, each of the T * K pairs (i, j) would need its
+    own vector. But there are only K distances, so attention makes K vectors once and scores all queries
     against them in one matrix product. The scores then stand in the wrong columns:
 
         row i:   [K-1, K-2, …, 2, 1, 0]         the distance that each column stands for, the same in every row
 
     What row i wants is that list moved left by T-1-i places, so that distance 0 arrives at its own key j = M + i.
-    Moving each row by another amount sounds like a loop. It is none: read the rows off in one line, start at place
+    Moving each row by another amount sounds like a loop. It is not: read the rows off in one line, start at place
     T-1, and begin every new row only K-1 places after the one before: row i begins where it always did, at i K, plus
     T-1-i. For T = 3, K = 5 (each number a distance):
 
@@ -173,12 +180,12 @@ def rel_shift(x):
         4 3 2 1 0                 ^-------^-------^                     3 2 1 0 4
                                           row 1   row 2                 4 3 2 1 0
 
-    The numbers below and on the diagonal are those of the picture above. Beyond it, where that has dots, stands the
-    beginning of the next row. Those are keys in the future, which attention hides, so it does not matter what they are.
+    Up to its 0, each row is that of the picture above. Right of the zeros, where the picture has dots, the next unshifted
+    row begins. Those are keys in the future, which attention hides: their weight is 0 and so is their gradient.
 
     (The authors' code puts a column of zeros in front, drops the first T numbers of the line and reads rows of K: the
     same numbers up to the diagonal, other rubbish beyond it, and a copy; this is a view. labml's `shift_right` drops the
-    last row where the authors' code drops the first because its table of positions runs the other way.)
+    last row where the authors' code drops the first because labml's table of positions runs the other way.)
 
     >>> rel_shift(Tensor([[4, 3, 2, 1, 0]] * 3)).numpy().tolist()
     [[2, 1, 0, 4, 3], [3, 2, 1, 0, 4], [4, 3, 2, 1, 0]]
@@ -228,8 +235,8 @@ def hidden_keys(T, M, window=None):
 #            absolute                    relative
 #     (a)    x_i W_q · x_j W_k           q · k      content: what i looks for against what j offers
 #     (b)    x_i W_q · p_j W_k           q · r      what i looks for against how far away j is
-#     (c)    p_i W_q · x_j W_k           u · k      what j offers, to any query: some keys always matter
-#     (d)    p_i W_q · p_j W_k           v · r      how far away j is, for any query: near ones matter more
+#     (c)    p_i W_q · x_j W_k           u · k      what j offers, to any query: some keys may always matter
+#     (d)    p_i W_q · p_j W_k           v · r      how far away j is, for any query: near ones may matter more
 #
 # q = x_i W_q and k = x_j W_k stay. p_j W_k becomes r = R[distance] W_r: the sinusoid of the distance from i to j, through a
 # matrix of its own. p_i W_q, the query's own position, becomes a learned constant: where a query stands says nothing
@@ -272,7 +279,7 @@ class RelativeMultiHeadAttention:
         positions   what `relative_positions` returns
         mask        [T, K] booleans, True where hidden
         generator   random numbers for dropout, or None
-        norm        LayerNorm whose gain and bias x and memory still lack, or None
+        norm        LayerNorm whose gain and bias are still to be applied to x and memory, or None
         """
         q, kv = self.project(x, memory, norm)
         if self.config.positions == "sinusoid" and (generator is None or self.config.attn_dropout == 0):
@@ -282,7 +289,8 @@ class RelativeMultiHeadAttention:
         return mixed @ self.W_o
 
     def project(self, x, memory, norm):
-        """Queries [B, T, D] of the segment; keys and values [B, K, 2 D] of memory and segment: h~ = [SG(m) o h], section 3.2."""
+        """Queries [B, T, D] of the segment; keys and values [B, K, 2 D] of both: h~ = [SG(m) o h], section 3.2:
+        memory, as a constant (SG, stopped gradient), then the segment."""
         gain_and_bias = (None, None) if norm is None else (norm.gain, norm.bias)
         return (linear(x, self.W_q, 0.0, *gain_and_bias),
                 linear(x, self.W_kv, 0.0, *gain_and_bias, before=memory.data))
@@ -336,19 +344,25 @@ def ones(shape, dtype):
 
 # %% 4. The same attention in one operation
 # `attend` below computes what the method `attend` above computes (a test compares the two), in half of the time: with
-# its gradient written out by hand it needs no array for intermediate results but the softmax's numerators, and a block of
-# scores is worked on while it is in the processor's cache. Skip it when reading for the first time.
+# its gradient written out by hand it keeps no [T, K] array but the softmax's numerators, and a block of scores is worked
+# on while it is in the processor's cache. Skip it when reading for the first time.
 #
 # Softmax normalises a row by its sum z. That division commutes with the product with the values, so it is done there,
 # on d numbers a query instead of K:    o = (E / z) values = (E values) / z    with  E = exp(score - largest of the row)
+# (Subtracting the largest keeps exp from overflowing and cancels in E / z, so it has no gradient.)
 #
 # Back, with g the gradient of o, and y = E / z the attention:     d_values = y^T g = E^T (g / z)
 #     through the product and the softmax    d_score = y (d_y - sum_j y d_y)    with  d_y = g values^T
 #     and that sum is                        sum_j y_j (g · values_j) = g · o,   d numbers a query again
 #
-# From d_score on, k and q + u get the gradients of one product, and r and q + v those of another, after the shift back.
+# From d_score on, k and q + u get the gradients of one product, and r and q + v those of another, after the shift back. q
+# gets both sums, u and v the same summed over all queries, all times 1/sqrt(d).
+#
+# The queries n … n+t-1 see no key beyond M + n + t - 1. For a block of them the problem is the same with that many keys,
+# whose distances are the last rows of r: what lies in the future of all of them is not computed at all. Blocks share keys
+# and distances, so gradients of those add up.
 
-QUERIES, CACHED_SCORES = 64, 1 << 17        # at most so many in a block; the scores are half a megabyte of float32
+QUERIES, CACHED_SCORES = 64, 1 << 17        # about so many in a block; the scores are half a megabyte of float32
 
 
 @op
@@ -397,13 +411,13 @@ def attend(q, kv, r, u, v, hidden):
         z[block] = row_sums(E)
         heads(o)[block] = E @ values[i, j, seen]
         numerators.append(E)
-    z = 1 / z
-    heads(o)[...] *= z
+    inverse_z = 1 / z
+    heads(o)[...] *= inverse_z
 
     @once
     def gradients(g):
         content, position = queries()
-        g = heads(g) * z                                                           # [H, B, T, d]
+        g = heads(g) * inverse_z                                                      # [H, B, T, d]
         g_dot_o = row_dots(g, heads(o))
         d_content, d_position = xp.empty_like(Q), xp.empty_like(Q)
         d_kv, d_r = xp.zeros_like(KV), xp.zeros_like(distances)
@@ -419,8 +433,8 @@ def attend(q, kv, r, u, v, hidden):
             d_score = rows(_shift_back(d_score))
             heads(d_position)[block] = (d_score @ distances[i, K - seen.stop:]).reshape(g[block].shape)
             d_r[i, K - seen.stop:] += d_score.swapaxes(-1, -2) @ rows(position[block])
-        ones = xp.full(B * T, scale, dtype=Q.dtype)
-        d_u, d_v = ((ones @ x.reshape(B * T, D)).reshape(H, d) for x in (d_content, d_position))
+        all_queries = xp.full(B * T, scale, dtype=Q.dtype)
+        d_u, d_v = ((all_queries @ x.reshape(B * T, D)).reshape(H, d) for x in (d_content, d_position))
         d_content += d_position
         d_content *= scale
         return d_content, d_kv, d_r.transpose(1, 0, 2).reshape(K, D), d_u, d_v
@@ -429,7 +443,7 @@ def attend(q, kv, r, u, v, hidden):
 
 # %% 5. The layer
 # Attention, where tokens exchange information, then a feed-forward network, where each thinks for itself. Both are
-# added to what was there, so that a layer starts out close to doing nothing and gradients have a straight way down.
+# added to what was there, so that a pre-norm layer starts out close to doing nothing and gradients have a straight way down.
 
 class LayerNorm:
     """layer_norm with its parameters: gain [D], bias [D]."""
@@ -480,17 +494,18 @@ class Layer:
 
 # %% 6. Memory
 # The memory of a layer is the *input* of that layer for the last M tokens: what its keys and values were computed
-# from. It is stored before the layer runs, as plain arrays without history. Keeping the history would be exact, and would
-# keep the graph of the whole text alive. Without it a segment's cost is constant, and states in memory are constants: no
-# gradient reaches the layers and embeddings that made them, only the parameters that use them now.
+# from. It is stored before the layer runs, as plain arrays without history (the operations that made them). With the
+# history the gradient would be exact, and the graph of the whole text would stay alive. Without it a segment's cost is
+# constant, and states in memory are constants: no gradient reaches the layers and embeddings that made them, only the
+# parameters that use them now.
 #
 #     before     [ m m m m m m ]              M = 6 states of the past
 #     segment                   [ h h h h ]   T = 4 new inputs of this layer
 #     after              [ m m h h h h ]      the last M of both
 #
 # No parameter's shape depends on M, so a model trained with one memory length can be evaluated with another, longer one.
-# And evaluating a text is one pass over it: every token is computed once and yet sees (once memory is full, and without
-# `same_length`) M or more tokens before it, where a window slid by one token would be computed anew for each of them.
+# And evaluating a text is one pass over it: every token is computed once and yet sees, once memory is full, at least the M
+# tokens before it, where a window slid by one token would be computed anew for each of them.
 
 def update_memory(memory, h, mem_len):
     """The last mem_len of [memory o h]: [B, M, D], [B, T, D] -> [B, min(M + T, mem_len), D], a new array.
@@ -616,10 +631,10 @@ def attention_by_distance(model, tokens, memory):
 class Adam:
     """Adam (Kingma and Ba 2015) with decoupled weight decay (Loshchilov and Hutter 2019) and clipping.
 
-    m and v (here not memory and the v of attention) are running means of the gradient and of its square; m / sqrt(v) is of
-    about size 1 for every parameter, whatever the scale of its gradient, and a step of about size lr. Both start at 0 and so are too small at first: after t steps
-    the weights of the running mean sum to 1 - beta^t, not 1. Dividing by that sum (the bias correction) makes them
-    true averages from the first step on.
+    m and v (neither memory's M nor attention's v) are running means of the gradient and of its square; m / sqrt(v) is at
+    most about 1 for every parameter, whatever the scale of its gradient, and a step at most about lr. Both means start at
+    0 and so are too small at first: after t steps their weights sum to 1 - beta^t, not 1. Dividing by that sum (the bias
+    correction) makes them true averages from the first step on.
 
         g = gradient * min(1, clip / |gradient|)       |.| the global norm, over all parameters together
         m = beta1 m + (1 - beta1) g                    v = beta2 v + (1 - beta2) g^2
@@ -679,7 +694,7 @@ class Adam:
 
     def blocks(self, part):
         """Slices that make up one part's share of the numbers; on the CPU short, so that a block stays in the cache from
-        one operation to the next (for 5 million numbers, 0.6 of the time)."""
+        one operation to the next (5 million numbers: 0.6 of the time)."""
         n, parts = self.value.size, len(self.gradient)
         start, end = n * part // parts, n * (part + 1) // parts
         length = 1 << 16 if xp.module is numpy else n
@@ -719,7 +734,7 @@ class Adam:
 def warmup_cosine(step, steps, peak, warmup, final):
     """Learning rate of step 0, 1, …: a line up to `peak` over `warmup` steps, then half a cosine down to `final`.
 
-    The warm-up is for v, which the first few gradients estimate badly; the decay lets the weights settle.
+    The warm-up is for v, which the first few gradients estimate badly; the later fall lets the weights settle.
 
     >>> [round(warmup_cosine(step, 8, peak=1.0, warmup=2, final=0.1), 3) for step in range(9)]
     [0.5, 1.0, 1.0, 0.94, 0.775, 0.55, 0.325, 0.16, 0.1]
@@ -731,10 +746,11 @@ def warmup_cosine(step, steps, peak, warmup, final):
 
 
 # %% 10. Generation
-# A new token is a segment of one: T = 1, its keys are the memory and itself. The text may be of any length, and the window
-# never has to be computed again. Nor do the keys and values: a state in memory is a constant, and so are k = h W_k and
-# its value while the weights stay as they are. They are kept instead of the state. So are r = R W_r and the term v · r, which
-# depend on the distance alone. What is left for each token and layer is a handful of products of a vector with a matrix.
+# A new token is a segment of one: T = 1, its keys are the memory and itself, and nothing before it is computed again. Nor
+# are keys and values: a state in memory is a constant, and so are its key and value while the weights stay as they are.
+# (A key holds no position, that is in r, so it stays right while the text moves on.) They are kept instead of the state.
+# So are r = R W_r and the term v · r, which depend on the distance alone. What is left for each token and layer is a
+# handful of products of a vector with a matrix, however long the text.
 
 class CachedLayer:
     """`layer` for one token at a time: h [D] -> [D], with the keys and values of the tokens before it.
@@ -763,7 +779,7 @@ class CachedLayer:
             self.r = attention.table.data[positions].transpose(1, 2, 0)            # [H, d, mem_len + 1]
         else:
             self.r = (positions.data @ attention.W_r.data).reshape(-1, H, D // H).transpose(1, 2, 0)
-        # Room for twice the memory: when it is full, the latter half moves to the front.
+        # Room for twice the memory and one: when it is full, the latter half moves to the front.
         self.end = memory.shape[1]
         self.keys, self.values = (xp.zeros((H, 2 * mem_len + 1, D // H), dtype=W.dtype) for _ in range(2))
         h = normalise(Tensor(memory[0])).data if config.pre_norm else memory[0]
@@ -808,7 +824,7 @@ def standardised(h, eps=1e-5):
 
 
 class Decoder:
-    """A model that reads token by token: `logits = decoder(token)`, [V], the same as those of `model` with a memory.
+    """A model that reads token by token: `logits = decoder(token)`, [V], as those of `model`, fed one token at a time.
 
     It begins with what `model` has read before (`memory`, n_layer arrays [1, M, D], M at most mem_len). It takes the
     weights as they are now, and constant memory however much it reads.

@@ -4,6 +4,7 @@ import threading
 import weakref
 
 import os
+import signal
 
 import numpy
 import pytest
@@ -361,8 +362,46 @@ def test_a_worker_that_dies_is_one_clear_error():
         if part == 1:
             os._exit(1)
     with autograd.Workers(range(2), [die]) as workers:
-        with pytest.raises(RuntimeError, match="worker process ended unexpectedly"):
+        with pytest.raises(autograd.WorkerError, match="worker process has ended unexpectedly"):
             workers(die)
+
+
+def test_an_answer_that_cannot_travel_is_one_clear_error_and_the_next_call_works():
+    class Odd(Exception):                               # cannot be made again from its arguments
+        def __init__(self, a, b):
+            super().__init__(a)
+
+    def bad(part):
+        if part == 1:
+            raise Odd(1, 2)
+        return lambda: None
+
+    def good(part):
+        return numpy.full(1 << 20, part)                # more than fits into a pipe at once
+    with autograd.Workers(range(3), [bad, good]) as workers:
+        with pytest.raises(RuntimeError, match="cannot travel through a pipe"):
+            workers(bad)
+        assert [answer[-1] for answer in workers(good)] == [0, 1, 2]
+
+
+def test_workers_do_not_mind_signals_meant_for_the_first_process():
+    def signalled(part):
+        if part == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGINT)
+        return part
+    with autograd.Workers(range(2), [signalled]) as workers:
+        assert workers(signalled) == [0, 1]
+
+
+def test_an_interrupted_call_ends_the_workers():
+    def interrupt(part):
+        if part == 0:
+            raise KeyboardInterrupt
+    workers = autograd.Workers(range(2), [interrupt])
+    with pytest.raises(KeyboardInterrupt):
+        workers(interrupt)
+    assert not workers.processes[0].is_alive()
 
 
 def test_no_worker_outlives_close():
