@@ -548,7 +548,7 @@ def check_size(config, settings):
     B, T, M = settings["batch_size"], settings["seq_len"], settings["mem_len"]
     rows = 2 * config.d_ff + 12 * config.d_model + config.n_head * (M + T)      # kept for each token and layer, roughly
     needed = 4 * (6 * config.parameter_count() + config.n_layer * B * (T * rows + 3 * M * config.d_model))
-    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+    if xp.module is numpy and "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):      # a GPU says so itself, in time
         there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         if needed > there:
             raise Failure(f"this takes about {needed / 2**30:,.0f} GiB of memory and the machine has {there / 2**30:,.0f}: lower "

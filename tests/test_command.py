@@ -28,8 +28,8 @@ def folder(tmp_path_factory):
 
 def run(folder, *arguments, status=0, **options):
     """The finished process of the command in `folder`; its exit status must be `status`."""
-    done = subprocess.run([sys.executable, str(SCRIPT), *(a if isinstance(a, bytes) else str(a) for a in arguments)], cwd=folder, capture_output=True, text=True,
-                          timeout=60, **options)
+    done = subprocess.run([sys.executable, str(SCRIPT), *(a if isinstance(a, bytes) else str(a) for a in arguments)], cwd=folder,
+                          capture_output=True, text=True, timeout=60, **options)
     assert done.returncode == status, done.stdout + done.stderr
     if status:
         assert len(done.stderr.splitlines()) == 1 and "Traceback" not in done.stderr, done.stderr
@@ -119,10 +119,10 @@ def test_an_interrupted_run_resumed_ends_with_the_bits_of_an_uninterrupted_one(f
     name = f"resumed{len(options)}"
     trained(folder, name + "-whole", 60, *options)
     process = subprocess.Popen([sys.executable, str(SCRIPT), "--data", "text", "--out", name, "--steps", "60", *SMALL, *options],
-                               cwd=folder, stdout=subprocess.PIPE, text=True)
+                               cwd=folder, stdout=subprocess.PIPE, text=True, start_new_session=True)
     for line in process.stdout:
         if line.startswith("step    15"):
-            process.send_signal(signal.SIGINT)
+            os.killpg(process.pid, signal.SIGINT)       # Ctrl-C reaches every process of the terminal
             break
     rest = process.stdout.read()
     assert process.wait(timeout=20) == 130 and "--resume continues" in rest
@@ -139,17 +139,46 @@ def test_an_interrupted_run_resumed_ends_with_the_bits_of_an_uninterrupted_one(f
     assert logs[0] == logs[1]
 
 
-def test_sigterm_writes_the_checkpoint_and_ends_with_143(folder):
-    process = subprocess.Popen([sys.executable, str(SCRIPT), "--data", "text", "--out", "term", "--steps", "100000", *SMALL],
-                               cwd=folder, stdout=subprocess.PIPE, text=True)
+@pytest.mark.parametrize("kill", [os.kill, os.killpg], ids=["the process", "its group"])
+def test_sigterm_writes_the_checkpoint_and_ends_with_143(folder, kill):
+    process = subprocess.Popen([sys.executable, str(SCRIPT), "--data", "text", "--out", "term", "--overwrite", "--steps", "100000",
+                                *SMALL], cwd=folder, stdout=subprocess.PIPE, text=True, start_new_session=True)
     for line in process.stdout:
         if line.startswith("step     5"):
             break
     began = time.monotonic()
-    process.send_signal(signal.SIGTERM)
+    kill(process.pid, signal.SIGTERM)
     process.stdout.read()
     assert process.wait(timeout=20) == 143 and time.monotonic() - began < 2
     assert (folder / "term" / "checkpoint.npz").exists()
+
+
+def test_a_second_ctrl_c_stops_at_once_and_leaves_no_process(folder):
+    process = subprocess.Popen([sys.executable, str(SCRIPT), "--data", "text", "--out", "twice", "--steps", "100000", *SMALL],
+                               cwd=folder, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    for line in process.stdout:
+        if line.startswith("step     5"):
+            break
+    began = time.monotonic()
+    while process.poll() is None:
+        os.killpg(process.pid, signal.SIGINT)
+    assert process.returncode in (-signal.SIGINT, 130) and time.monotonic() - began < 2
+    process.stdout.read()                               # ends when the last process that could write to it has ended
+    assert time.monotonic() - began < 3
+
+
+def test_a_full_disk_leaves_the_checkpoint_before_intact_and_says_so(folder):
+    """As a limit on the size of files, which a checkpoint exceeds in the middle of being written."""
+    import resource
+    trained(folder, "full", 10)
+    before = (folder / "full" / "checkpoint.npz").read_bytes()
+    limit = len(before) // 2
+    answer = run(folder, "--data", "text", "--out", "full", "--resume", "--steps", "20", status=1,
+                 preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    assert "cannot write full/checkpoint.npz" in answer.stderr and "the one before it is intact" in answer.stderr
+    assert (folder / "full" / "checkpoint.npz").read_bytes() == before
+    assert sorted(file.name for file in (folder / "full").iterdir()) == ["best.npz", "checkpoint.npz", "config.json", "log.csv"]
+    run(folder, "--data", "text", "--out", "full", "--resume", "--steps", "20")
 
 
 def test_resume_refuses_what_would_make_another_run(folder, finished):
