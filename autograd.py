@@ -867,6 +867,10 @@ class Workers:
 
     def _serve(self, part, pipe):
         """The life of a forked process: answer until the pipe is closed at the other end."""
+        import ctypes
+        PR_SET_PDEATHSIG = 1                            # <sys/prctl.h>: end when the first process ends, however it does
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         for number in (signal.SIGINT, signal.SIGTERM):  # these are for the first process, whose close() ends this one
             signal.signal(number, signal.SIG_IGN)
         for other in self.pipes:
@@ -919,7 +923,7 @@ class Workers:
                 process.kill()
                 process.join()
         if self.threads:
-            self.threads.shutdown()
+            self.threads.shutdown(wait=False, cancel_futures=True)
         atexit.unregister(self.close)
 
     def __enter__(self):

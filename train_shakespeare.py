@@ -3,15 +3,15 @@
 """Train a character-level Transformer-XL on Tiny Shakespeare, evaluate it, and let it write.
 
     python train_shakespeare.py                         train (five to six minutes on two CPU cores)
-    python train_shakespeare.py --device gpu            the same on a CUDA GPU, with CuPy
+    python train_shakespeare.py --device gpu            a larger model on a CUDA GPU, with CuPy
     python train_shakespeare.py --resume                continue an interrupted run
     python train_shakespeare.py --generate "ROMEO:"     let the trained model continue a text
     python train_shakespeare.py --eval                  loss of the trained model on the held-out text
     python train_shakespeare.py --plot                  draw the run's loss curve, and how far back its layers look
 
 A run lives in one directory (--out): checkpoint.npz (latest state), best.npz (lowest validation loss), log.csv,
-config.json. Exit status: 0 done, 1 failed, 2 bad arguments, 130 or 143 after Ctrl-C or SIGTERM (while training, with the
-checkpoint written).
+config.json. Exit status: 0 done, 1 failed, 2 bad arguments, 130 or 143 after Ctrl-C or SIGTERM (while training the first
+one writes the checkpoint).
 """
 import os
 
@@ -21,6 +21,7 @@ for _variable in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"):
     os.environ.setdefault(_variable, "1")
 
 import argparse
+import contextlib
 import csv
 import dataclasses
 import hashlib
@@ -39,7 +40,6 @@ import tempfile
 import time
 import urllib.request
 import zipfile
-import zlib
 
 import numpy
 
@@ -97,12 +97,12 @@ FIXED = {
     "batch_size": (16, positive, "sequences side by side"),
     "seq_len": (64, positive, "tokens in a segment"),
     "lr": (3e-3, number(float, 0, low_ok=False), "peak learning rate"),
-    "seed": (1, whole, "of weights and dropout")}
+    "seed": (1, whole, "of weights, dropout, where epochs begin, and --generate")}
 FREE = {
-    "steps": (3600, positive, "training steps in all"),
-    "eval_mem_len": (None, whole, "memory when evaluating and generating (default: --mem-len)"),
+    "steps": (3900, positive, "training steps in all"),
+    "eval_mem_len": (None, whole, "memory when evaluating and generating (default: --mem-len; with --eval a table of several)"),
     "log_every": (50, positive, "steps between log lines"),
-    "eval_every": (600, positive, "steps between evaluations, each with a checkpoint")}
+    "eval_every": (650, positive, "steps between evaluations, each with a checkpoint")}
 SETTINGS = {**FIXED, **FREE}
 ON_A_GPU = {"n_layer": 6, "n_head": 6, "d_model": 384, "d_ff": 1536, "mem_len": 256, "dropout": 0.2, "batch_size": 64,
             "seq_len": 256, "lr": 1e-3, "steps": 2000, "eval_every": 250}      # defaults there, where they differ
@@ -120,7 +120,7 @@ def parse_arguments(argv=None):
     what = parser.add_argument_group("what to do").add_mutually_exclusive_group()
     what.add_argument("--resume", action="store_true", help="continue the run in --out")
     what.add_argument("--overwrite", action="store_true", help="start anew although --out holds a run")
-    what.add_argument("--eval", action="store_true", help="evaluate the best checkpoint in --out and stop")
+    what.add_argument("--eval", action="store_true", help="evaluate the best checkpoint in --out (the latest if there is no best) and stop")
     what.add_argument("--generate", metavar="TEXT", help="continue TEXT with the best checkpoint in --out and stop")
     what.add_argument("--plot", action="store_true", help="draw --out/loss.png and --out/attention.png and stop (needs "
                                                           "matplotlib)")
@@ -132,7 +132,7 @@ def parse_arguments(argv=None):
     where.add_argument("--out", metavar="DIR", type=pathlib.Path, default=pathlib.Path("runs/shakespeare"),
                        help="directory of the run (default: runs/shakespeare)")
     where.add_argument("--threads", type=number(int, 1, 1025), default=min(cores, 8), metavar="N",
-                       help=f"processes that share a batch on the CPU (default here: {min(cores, 8)})")
+                       help=f"parts of a batch computed at once on the CPU (default here: {min(cores, 8)})")
 
     for title, settings in (("the run (fixed when it is resumed)", FIXED), ("training", FREE)):
         group = parser.add_argument_group(title)
@@ -389,8 +389,10 @@ def write_whole(path, data):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = str(path)
         raise
 
 
@@ -410,8 +412,9 @@ def load(path):
         if meta["version"] != VERSION:
             raise Failure(f"{path} has format version {meta['version']}, this program reads version {VERSION}")
         check(meta, arrays)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, NotImplementedError, RuntimeError, OverflowError,
-            SyntaxError, argparse.ArgumentTypeError, zipfile.BadZipFile, zlib.error) as error:
+    except Failure:
+        raise
+    except Exception as error:                  # whatever zipfile, NumPy, JSON and the checks find wrong with it
         raise Failure(f"{path} is not a checkpoint of this program, or it is damaged ({error})".replace("\n", " "))
     return meta, arrays
 
@@ -461,6 +464,8 @@ def check(meta, arrays):
             raise ValueError(f"{name} of the run and of the model differ")
     if not all(isinstance(corpus[name], str) for name in ("name", "sha256")) or not is_count(meta["step"]):
         raise ValueError("its corpus or its step is missing")
+    if (config.clamp_len or 0) > 2 * 10**9:
+        raise ValueError("its clamp_len is absurd")
     for name, array in arrays.items():
         if array.dtype != numpy.float32 or not numpy.isfinite(array).all():
             raise ValueError(f"{name} has values that are not finite or not float32")
@@ -476,7 +481,7 @@ def check_resumable(meta, arrays):
         raise ValueError("its memory has the wrong shape")
     if any(arrays[name].shape != (config.parameter_count(),) for name in ("adam/m", "adam/v")) or (arrays["adam/v"] < 0).any():
         raise ValueError("Adam's averages are wrong")
-    if not all(len(row) == 7 and all(x is None or is_number(x) for x in row) for row in meta["log"]):
+    if not isinstance(meta["log"], list) or not all(len(row) == 7 and all(x is None or is_number(x) for x in row) for row in meta["log"]):
         raise ValueError("its log is wrong")
     if not (all(is_number(meta[name]) for name in ("seconds", "loss_sum", "grad_norm")) and is_count(meta["loss_steps"])
             and (meta["best"] is None or is_number(meta["best"]))):
@@ -507,7 +512,8 @@ def write_log(path, rows):
 
 # %% 6. Training
 class Stop:
-    """Ctrl-C and SIGTERM ask training to finish the step and write the checkpoint; the second one ends it at once."""
+    """Ctrl-C and SIGTERM ask training to finish the step (or give up the evaluation) and write the checkpoint; the second
+    one ends it at once."""
 
     def __init__(self):
         self.asked = multiprocessing.RawValue("i")      # the signal's number, or 0; worker processes see it too
@@ -523,6 +529,10 @@ class Stop:
         return self.asked.value != 0
 
 
+def no_more_output():
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 class Screen:
     """Log lines: on a terminal the newest is drawn over the last, elsewhere each is a line of its own."""
 
@@ -530,14 +540,19 @@ class Screen:
         self.live = sys.stdout.isatty()
 
     def line(self, text, keep=True):
-        if self.live:
-            width = shutil.get_terminal_size().columns
-            print("\r\x1b[K" + (text if keep else text[:width - 1]), end="\n" if keep else "", flush=True)
-        else:
-            print(text, flush=True)
+        try:
+            if self.live:
+                width = shutil.get_terminal_size().columns
+                print("\r\x1b[K" + (text if keep else text[:width - 1]), end="\n" if keep else "", flush=True)
+            else:
+                print(text, flush=True)
+        except BrokenPipeError:                 # whoever read the output is gone (`| head`, `| tee` after Ctrl-C): train on
+            no_more_output()
 
 
 def clock(seconds):
+    if not math.isfinite(seconds):
+        return "?"
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
@@ -569,9 +584,9 @@ def start_or_resume(args):
                 raise Failure(f"--resume: the run in {args.out} has --{name.replace('_', '-')} {settings[name]}, not "
                               f"{given[name]}; leave it out, or start another run with --out DIR", status=2)
     else:
-        if path.exists() and not args.overwrite:
-            raise Failure(f"{args.out} already holds a run: continue it with --resume, replace it with --overwrite, "
-                          "or name another directory with --out DIR", status=2)
+        if any((args.out / name).exists() for name in ("checkpoint.npz", "best.npz")) and not args.overwrite:
+            raise Failure(f"{args.out} already holds a run: {'continue it with --resume, ' if path.exists() else ''}replace it "
+                          "with --overwrite, or name another directory with --out DIR", status=2)
         meta, arrays = None, None
         settings = {**{name: default for name, (default, _, _) in SETTINGS.items()},
                     **(ON_A_GPU if args.device == "gpu" else {}), **given}
@@ -642,7 +657,7 @@ def train(args):
             raise Failure(f"cannot write {args.out / name}: {error.strerror}; the one before it is intact")
 
     def check_finite():
-        if not math.isfinite(float(loss_sum)) or not math.isfinite(float(norm)):
+        if not (math.isfinite(float(loss_sum)) and math.isfinite(float(norm)) and bool(xp.isfinite(adam.value).all())):
             raise Failure(f"the loss or its gradient is not finite at step {step}: start again with a lower --lr than "
                           f"{lr:g}; {args.out / 'checkpoint.npz'}, if it exists, is the last good state")
 
@@ -693,12 +708,16 @@ def train(args):
                     val_loss = evaluate(model, held_out, batch_size, seq_len, eval_mem_len, args.threads, lambda: bool(stop))
                     if val_loss is None:
                         break                   # stopped while evaluating; the resumed run begins with this evaluation
+                    if not math.isfinite(val_loss):
+                        raise Failure(f"the validation loss is not finite at step {step}: start again with a lower --lr than "
+                                      f"{lr:g}; {args.out / 'checkpoint.npz'}, if it exists, is the last good state")
                 loss_sum, loss_steps = 0.0, 0
-                left = (time.perf_counter() - began) / (step - began_step or 1) * (steps - step)
+                left = (time.perf_counter() - began) / (step - began_step) * (steps - step) if step > began_step else math.nan
                 log.append([step, round(mean_loss, 6), val_loss and round(val_loss, 6), rate(step - 1), round(grad_norm, 6),
                             round(speed, 1), round(seconds(), 2)])
                 screen.line(f"step {step:5}/{steps}  loss {mean_loss:.4f}" + (f"  val {val_loss:.4f}" if due else "")
-                            + f"  lr {rate(step - 1):.2e}  norm {grad_norm:.2f}  {speed:,.0f} tokens/s  {clock(left)} left", keep=due)
+                            + f"  lr {rate(step - 1):.2e}  norm {grad_norm:.2f}  {speed:,.0f} tokens/s  {clock(left)} left",
+                            keep=due)
                 write_log(args.out / "log.csv", log)
                 if due:
                     if val_loss < best:
@@ -724,7 +743,7 @@ def train(args):
             return 128 + stop.asked.value
     val_loss = log[-1][2]
     screen.line(f"validation loss {figures(val_loss)} after {step} steps, {clock(seconds())}")
-    if best < val_loss:
+    if round(best, 6) < val_loss:
         screen.line(f"lowest validation loss {figures(best)}: {args.out / 'best.npz'}")
     screen.line('let it write: python train_shakespeare.py --generate "ROMEO:"'
                 + ("" if args.out == pathlib.Path("runs/shakespeare") else f" --out {args.out}"))
@@ -755,11 +774,11 @@ def held_out_text(args, meta):
 
 
 def evaluate_run(args):
-    """A table: the held-out text with no memory, half the trained length, the trained length, and more."""
-    meta, model, _ = trained(args)
+    """A table: the held-out text with no memory, half the trained length, the trained length and more, or --eval-mem-len."""
+    meta, model, chosen = trained(args)
     corpus, held_out = held_out_text(args, meta)
     settings, n = meta["settings"], len(held_out) - 1
-    lengths = sorted({int(f * model.config.mem_len) for f in (0, 0.5, 1, 2, 4)})
+    lengths = sorted({int(f * model.config.mem_len) for f in (0, 0.5, 1, 2, 4)} | {chosen})
     if args.eval_mem_len is not None:
         lengths = [args.eval_mem_len]
     print(f"step {meta['step']}, {n:,} characters of {corpus['name']}")
@@ -792,7 +811,7 @@ def plot(args):
         rows = list(csv.DictReader(io.StringIO(read_file(path).decode())))
         curves = {name: [(float(row["seconds"]) / 60, float(row[name])) for row in rows if row[name]]
                   for name in ("loss", "val_loss")}
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, csv.Error):
         raise Failure(f"{path} is not a log of this program")
     if not curves["loss"]:
         raise Failure(f"{path} has no steps to draw yet")
@@ -854,6 +873,7 @@ def main(argv=None):
     try:
         use_device(args.device, args.tf32)
         keep_freed_memory()
+        numpy.seterr(all="ignore")              # what is not finite is found where it matters, and said in one line
         if args.eval:
             evaluate_run(args)
         elif args.generate is not None:
@@ -871,13 +891,14 @@ def main(argv=None):
               file=sys.stderr)
         return 1
     except BrokenPipeError:                     # whoever read the output has closed it: `--generate … | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        no_more_output()
         return 1
     except OSError as error:
         print(f"train_shakespeare.py: {error.filename or 'input or output'}: {error.strerror or error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(flush=True)
+        with contextlib.suppress(BrokenPipeError):
+            print(flush=True)
         os._exit(130)                           # at once, without waiting for threads
 
 

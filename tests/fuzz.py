@@ -158,7 +158,7 @@ def run(cases):
 
 def kill_and_resume(times, seed, folder):
     """Kill a run at random moments and resume it; its end has the bits of a run that was left alone. Returns the kills."""
-    program = [sys.executable, ROOT / "train_shakespeare.py", *small_run(folder), "--steps", str(100 * times)]
+    program = [sys.executable, ROOT / "train_shakespeare.py", *small_run(folder), "--steps", str(30 * times)]
     rng, out, kills = numpy.random.default_rng(seed), folder / "run", 0
     quiet = dict(cwd=folder, stdout=subprocess.DEVNULL)
     while kills < times:

@@ -335,6 +335,30 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(f
     assert (folder / "diverged" / "checkpoint.npz").read_bytes() == before
 
 
+def test_weights_that_are_not_finite_are_not_saved(folder):
+    """The loss of the last step is that before its update."""
+    answer = run(folder, "--data", "text", "--out", "infinite", *SMALL, "--steps", "1", "--lr", "1e39", status=1).stderr
+    assert "not finite at step 1" in answer
+    assert not (folder / "infinite" / "checkpoint.npz").exists() and not (folder / "infinite" / "best.npz").exists()
+
+
+def test_a_best_checkpoint_alone_is_not_overwritten_either(folder):
+    trained(folder, "alone", 10)
+    (folder / "alone" / "checkpoint.npz").unlink()
+    answer = trained(folder, "alone", 5, status=2).stderr
+    assert "already holds a run: replace it with --overwrite" in answer and "--resume" not in answer
+    assert (folder / "alone" / "best.npz").exists()
+
+
+def test_training_goes_on_when_nobody_reads_its_output_any_more(folder):
+    process = subprocess.Popen([sys.executable, str(SCRIPT), "--data", "text", "--out", "piped", "--steps", "40", *SMALL],
+                               cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(timeout=30) == 0 and process.stderr.read() == ""
+    assert json.loads(arrays(folder / "piped" / "checkpoint.npz")["meta"].item())["step"] == 40
+
+
 def test_help_shows_every_option_with_its_default(folder):
     out = run(folder, "--help").stdout
     for option in ("--device", "--data", "--out", "--resume", "--steps", "--batch-size", "--seq-len", "--mem-len",
