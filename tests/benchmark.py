@@ -188,14 +188,14 @@ def print_profile(name, spent):
 
 def print_scaling(c, threads, steps, warmup):
     """Time of a step when one dimension changes and the others stay."""
-    print(f"{'':12}{'':>8}{'ms a step':>12}{'us a token':>12}{'MiB':>8}")
+    print(f"{'':12}{'':>8}{'ms a step':>12}{'us a token':>12}")
     for what, values in [("mem_len", [0, 64, 128, 256, 512, 1024]), ("seq_len", [16, 32, 64, 128, 256]),
                          ("batch", [4, 8, 16, 32, 64]), ("threads", [n for n in (1, 2, 4, 8) if n <= (os.cpu_count() or 1)])]:
         for value in values:
             changed = {**c, what: value} if what != "threads" else c
-            seconds, _, memory = time_steps(changed, value if what == "threads" else threads, steps, warmup)
+            seconds, _, _ = time_steps(changed, value if what == "threads" else threads, steps, warmup)
             tokens = changed["batch"] * changed["seq_len"]
-            print(f"{what:12}{value:8}{seconds * 1e3:12.1f}{seconds / tokens * 1e6:12.1f}{memory:8}", flush=True)
+            print(f"{what:12}{value:8}{seconds * 1e3:12.1f}{seconds / tokens * 1e6:12.1f}", flush=True)
 
 
 def print_evaluation(c, seq_len=64):
