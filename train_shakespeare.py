@@ -2,7 +2,7 @@
 # %% Train a Transformer-XL on Shakespeare
 """Train a character-level Transformer-XL on Tiny Shakespeare, evaluate it, and let it write.
 
-    python train_shakespeare.py                         train (five to six minutes on two CPU cores)
+    python train_shakespeare.py                         train (six to seven minutes on two CPU cores)
     python train_shakespeare.py --device gpu            a larger model on a CUDA GPU, with CuPy
     python train_shakespeare.py --resume                continue an interrupted run
     python train_shakespeare.py --generate "ROMEO:"     let the trained model continue a text
@@ -856,7 +856,7 @@ def plot(args):
     for layer, weights in enumerate(total / count, start=1):
         axes.plot(range(1, len(weights) + 1), weights, label=f"layer {layer}")
     axes.axvline(T, color="gray", linestyle="--")
-    axes.text(T * 1.02, axes.get_ylim()[1] * 0.5, "beyond the segment:\nonly through memory", color="gray", va="top")
+    axes.text(T * 0.95, axes.get_ylim()[1] * 0.7, "right of the line\nonly through memory", color="gray", va="top", ha="right")
     axes.set_xscale("log")
     axes.set_yscale("log")
     picture("attention.png", xlabel="characters back (1: the character itself)", ylabel="mean attention weight",
