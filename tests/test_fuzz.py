@@ -2,6 +2,7 @@
 import io
 import json
 import resource
+import zipfile
 
 import numpy
 import pytest
@@ -32,3 +33,18 @@ def test_a_checkpoint_cannot_declare_a_model_larger_than_itself(field, value, tm
     numpy.savez(tmp_path / "large.npz", **{**arrays, "meta": numpy.array(json.dumps(meta))})
     with pytest.raises(command.Failure):
         fuzz.load_checkpoint(tmp_path / "large.npz")
+
+
+def test_a_checkpoint_cannot_unpack_to_more_than_its_size(tmp_path):
+    """Neither by compression nor by listing one part of the file again and again."""
+    packed, array = io.BytesIO(), io.BytesIO()
+    numpy.savez_compressed(packed, zeros=numpy.zeros(1000, numpy.float32))
+    with pytest.raises(ValueError, match="declares more than it holds"):
+        command.read_arrays(packed.getvalue())
+    numpy.save(array, numpy.zeros(1000, numpy.float32))
+    listed = io.BytesIO()
+    with zipfile.ZipFile(listed, "w") as file:
+        file.writestr("zeros.npy", array.getvalue())
+        file.filelist.extend(file.filelist * 99)
+    with pytest.raises(ValueError, match="declares more than it holds"):
+        command.read_arrays(listed.getvalue())
