@@ -604,6 +604,11 @@ def matmul(a, b):
     return result(x @ y, (a, lambda g: g @ y.swapaxes(-1, -2)), (b, gradient_of_b))
 
 
+def join_norm(gain, shift, w, b):
+    """A layer normalisation's gain and shift [n] joined to arrays w [n, m], b [m]: (a gain + shift) w + b = a w' + b'."""
+    return gain[:, None] * w, shift @ w + b
+
+
 @op
 def linear(a, weight, bias, gain=None, shift=None, before=None):
     """(a * gain + shift) @ weight + bias for a [..., n], gain and shift [n] (or neither), weight [n, m], bias [m].
@@ -622,9 +627,8 @@ def linear(a, weight, bias, gain=None, shift=None, before=None):
     rows, (n, m) = math.prod(x.shape[:-1]), w.shape
     flat, scaled = x.reshape(rows, n), w
     if gain is not None:
-        _, gain_column, shift_row = arrays(x, gain, shift)
-        gain_column = gain_column.reshape(n, 1)
-        scaled, b = gain_column * w, shift_row @ w + b
+        _, gain_row, shift_row = arrays(x, gain, shift)
+        scaled, b = join_norm(gain_row, shift_row, w, b)
     y = flat @ scaled
     y += b
 
@@ -642,7 +646,7 @@ def linear(a, weight, bias, gain=None, shift=None, before=None):
     if gain is None:
         edges += [(weight, product)]
     else:
-        edges += [(weight, lambda g: gain_column * product(g) + shift_row[:, None] * total(g)),
+        edges += [(weight, lambda g: gain_row[:, None] * product(g) + shift_row[:, None] * total(g)),
                   (gain, lambda g: row_dots(product(g), w).reshape(n)), (shift, lambda g: w @ total(g))]
     return result(y.reshape(x.shape[:-1] + (m,)), *edges)
 
@@ -880,10 +884,13 @@ class Workers:
                 function, arguments = pipe.recv()
                 answer = self._answer(self.functions[function], part, arguments)
                 try:
-                    ForkingPickler.loads(ForkingPickler.dumps(answer))
-                except Exception:                       # a Tensor with its graph, an exception that cannot be made again, …
-                    answer = None, RuntimeError(f"a worker's answer cannot travel through a pipe: {answer!r:.200}")
-                pipe.send(answer)
+                    message = ForkingPickler.dumps(answer)
+                    if answer[1] is not None:
+                        ForkingPickler.loads(message)   # an exception may not let itself be made again at the other end
+                except Exception:
+                    message = ForkingPickler.dumps(
+                        (None, RuntimeError(f"a worker's answer cannot travel through a pipe: {answer!r:.200}")))
+                pipe.send_bytes(message)
 
     @staticmethod
     def _answer(function, part, arguments):

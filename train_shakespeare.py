@@ -370,8 +370,13 @@ def row_parts(batch_size, threads):
     return [slice(int(a), int(b)) for a, b in zip(edges, edges[1:])]
 
 
+def bits_and_perplexity(nats):
+    return nats / math.log(2), math.exp(min(nats, 700))
+
+
 def figures(nats):
-    return f"{nats:.4f} nats, {nats / math.log(2):.4f} bits per character, perplexity {math.exp(min(nats, 700)):.3f}"
+    bits, perplexity = bits_and_perplexity(nats)
+    return f"{nats:.4f} nats, {bits:.4f} bits per character, perplexity {perplexity:.3f}"
 
 
 # %% 5. Files
@@ -471,6 +476,14 @@ def check(meta, arrays):
             raise ValueError(f"{name} has values that are not finite or not float32")
     if sum(array.size for name, array in arrays.items() if name.startswith("parameters/")) != config.parameter_count():
         raise ValueError("its parameters are not those of its model")
+
+
+def memory_to_resume(meta, arrays, path):
+    """The memory in a checkpoint, a list of arrays; Failure unless there is all that training continues from."""
+    try:
+        return check_resumable(meta, arrays)
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise Failure(f"{path} cannot be resumed from, it is damaged or of another kind ({error})")
 
 
 def check_resumable(meta, arrays):
@@ -624,10 +637,7 @@ def train(args):
     memories = [None] * len(parts)          # each process keeps the memory of its own part
     step, best, log, before, loss_sum, loss_steps, norm = 0, math.inf, [], 0.0, 0.0, 0, 0.0
     if meta:
-        try:
-            memory = check_resumable(meta, arrays)
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise Failure(f"{args.out / 'checkpoint.npz'} cannot be resumed from, it is damaged or of another kind ({error})")
+        memory = memory_to_resume(meta, arrays, args.out / "checkpoint.npz")
         step, log, before, loss_steps, norm = (meta[name] for name in ("step", "log", "seconds", "loss_steps", "grad_norm"))
         best = math.inf if meta["best"] is None else meta["best"]
         loss_sum = xp.asarray(meta["loss_sum"], dtype=model.dtype)
@@ -656,10 +666,13 @@ def train(args):
         except OSError as error:
             raise Failure(f"cannot write {args.out / name}: {error.strerror}; the one before it is intact")
 
+    def diverged(what):
+        return Failure(f"{what} is not finite at step {step}: start again with a lower --lr than {lr:g}; "
+                       f"{args.out / 'checkpoint.npz'}, if it exists, is the last good state")
+
     def check_finite():
         if not (math.isfinite(float(loss_sum)) and math.isfinite(float(norm)) and bool(xp.isfinite(adam.value).all())):
-            raise Failure(f"the loss or its gradient is not finite at step {step}: start again with a lower --lr than "
-                          f"{lr:g}; {args.out / 'checkpoint.npz'}, if it exists, is the last good state")
+            raise diverged("the loss or its gradient")
 
     def save_all():
         """Everything the next step depends on. (Its place in the text and its random numbers follow from the step.)"""
@@ -709,8 +722,7 @@ def train(args):
                     if val_loss is None:
                         break                   # stopped while evaluating; the resumed run begins with this evaluation
                     if not math.isfinite(val_loss):
-                        raise Failure(f"the validation loss is not finite at step {step}: start again with a lower --lr than "
-                                      f"{lr:g}; {args.out / 'checkpoint.npz'}, if it exists, is the last good state")
+                        raise diverged("the validation loss")
                 loss_sum, loss_steps = 0.0, 0
                 left = (time.perf_counter() - began) / (step - began_step) * (steps - step) if step > began_step else math.nan
                 log.append([step, round(mean_loss, 6), val_loss and round(val_loss, 6), rate(step - 1), round(grad_norm, 6),
@@ -787,8 +799,8 @@ def evaluate_run(args):
         began = time.perf_counter()
         nats = evaluate(model, held_out, args.batch_size or settings["batch_size"], args.seq_len or settings["seq_len"],
                         mem_len, args.threads)
-        print(f"{mem_len:8}{nats:10.4f}{nats / math.log(2):20.4f}{math.exp(min(nats, 700)):14.4f}"
-              f"{n / (time.perf_counter() - began):16,.0f}", flush=True)
+        bits, perplexity = bits_and_perplexity(nats)
+        print(f"{mem_len:8}{nats:10.4f}{bits:20.4f}{perplexity:14.4f}{n / (time.perf_counter() - began):16,.0f}", flush=True)
 
 
 def generate_text(args):

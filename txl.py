@@ -57,8 +57,8 @@ import math
 
 import numpy
 
-from autograd import (Tensor, arrays, cross_entropy, dropout, embedding, layer_norm, linear, no_grad, normalise, once, op,
-                      relu, result, row_dots, row_sums, shared_zeros, softmax, stop_gradient, to_numpy, xp)
+from autograd import (Tensor, arrays, cross_entropy, dropout, embedding, join_norm, layer_norm, linear, no_grad, normalise,
+                      once, op, relu, result, row_dots, row_sums, shared_zeros, softmax, stop_gradient, to_numpy, xp)
 
 
 # %% 1. The configuration
@@ -217,13 +217,18 @@ def _shift_back(g):
     return x
 
 
+def key_distances(T, M):
+    """[T, K] integers: how far back key j lies from query i, M + i - j; negative in the future."""
+    return M + xp.arange(T)[:, None] - xp.arange(M + T)[None, :]
+
+
 def hidden_keys(T, M, window=None):
     """[T, K] booleans: True where query i must not see key j: the future and, with `window`, distances beyond it.
 
     >>> hidden_keys(T=3, M=2).astype(int).tolist()
     [[0, 0, 0, 1, 1], [0, 0, 0, 0, 1], [0, 0, 0, 0, 0]]
     """
-    distance = M + xp.arange(T)[:, None] - xp.arange(M + T)[None, :]
+    distance = key_distances(T, M)
     return (distance < 0) if window is None else (distance < 0) | (distance > window)
 
 
@@ -318,11 +323,17 @@ class RelativeMultiHeadAttention:
     def position_scores(self, q, positions):
         """Terms (b) + (d), a column for each distance: [H, B*T, d] -> [H, B*T, K]."""
         H, _, d = q.shape
+        r = self.distance_vectors(positions)
         if self.config.positions == "learned":
-            r = self.table[positions].transpose(1, 2, 0)                           # [H, d, K]
             return q @ r + self.bias[positions].T.reshape(H, 1, -1)
-        r = (positions @ self.W_r).reshape(-1, H, d).transpose(1, 2, 0)            # [H, d, K]
         return (q + self.v.reshape(H, 1, d)) @ r
+
+    def distance_vectors(self, positions):
+        """r for every distance: [H, d, K]."""
+        H, d = self.u.shape
+        if self.config.positions == "learned":
+            return self.table[positions].transpose(1, 2, 0)
+        return (positions @ self.W_r).reshape(-1, H, d).transpose(1, 2, 0)
 
 
 # The parameters start as random numbers from NumPy's generator on every device, so that a seed means the same model
@@ -616,7 +627,7 @@ def attention_by_distance(model, tokens, memory):
         _, inputs = model(tokens, memory, mem_len=max(M, T))    # the end of each layer's new memory is its input
         positions = relative_positions(config, T, M, model.dtype)
         mask = hidden_keys(T, M, M if config.same_length else None)
-        distance = M + xp.arange(T)[:, None] - xp.arange(M + T)[None, :]
+        distance = key_distances(T, M)
         for layer, m, h in zip(model.layers, memory, inputs):
             x, norm = Tensor(h[:, h.shape[1] - T:]), None
             if config.pre_norm:
@@ -764,7 +775,7 @@ class CachedLayer:
         D, H = config.d_model, config.n_head
         self.heads, self.mem_len, self.pre_norm = (H, D // H), mem_len, config.pre_norm
         self.norms = [(norm.gain.data, norm.bias.data) for norm in (layer.attention_norm, layer.feed_forward_norm)]
-        # A norm in front of a product joins it, as in `linear`: (z gain + bias) W + b = z (gain W) + (bias W + b).
+        # A norm in front of a product joins it, as in `linear`.
         scale = 1 / math.sqrt(D // H)           # that of the scores joins what q is made of
         W = xp.concatenate([attention.W_q.data * scale, attention.W_kv.data], axis=1)
         self.W_qkv, self.b_qkv = self.joined(0, W, xp.zeros(3 * D, dtype=W.dtype))
@@ -775,10 +786,7 @@ class CachedLayer:
         with no_grad():
             zero = Tensor(xp.zeros((H, 1, D // H), dtype=W.dtype))
             self.fixed = attention.position_scores(zero, positions).data * scale   # (d)  [H, 1, mem_len + 1]
-        if config.positions == "learned":
-            self.r = attention.table.data[positions].transpose(1, 2, 0)            # [H, d, mem_len + 1]
-        else:
-            self.r = (positions.data @ attention.W_r.data).reshape(-1, H, D // H).transpose(1, 2, 0)
+            self.r = attention.distance_vectors(positions).data                    # [H, d, mem_len + 1]
         # Room for twice the memory and one: when it is full, the latter half moves to the front.
         self.end = memory.shape[1]
         self.keys, self.values = (xp.zeros((H, 2 * mem_len + 1, D // H), dtype=W.dtype) for _ in range(2))
@@ -787,8 +795,10 @@ class CachedLayer:
         self.keys[:, :self.end], self.values[:, :self.end] = kv[:, 0].swapaxes(0, 1), kv[:, 1].swapaxes(0, 1)
 
     def joined(self, norm, W, b):
-        gain, bias = self.norms[norm]
-        return (gain[:, None] * W, bias @ W + b) if self.pre_norm else (W, b)
+        return join_norm(*self.norms[norm], W, b) if self.pre_norm else (W, b)
+
+    def before(self, h):
+        return standardised(h) if self.pre_norm else h
 
     def __call__(self, h):
         (H, d), M = self.heads, self.mem_len
@@ -796,7 +806,7 @@ class CachedLayer:
             for cache in (self.keys, self.values):
                 cache[:, :M] = cache[:, self.end - M:].copy()
             self.end = M
-        q, k, value = ((standardised(h) if self.pre_norm else h) @ self.W_qkv + self.b_qkv).reshape(3, H, 1, d)
+        q, k, value = (self.before(h) @ self.W_qkv + self.b_qkv).reshape(3, H, 1, d)
         self.keys[:, self.end], self.values[:, self.end] = k[:, 0], value[:, 0]
         self.end += 1
         K = min(M + 1, self.end)
@@ -808,7 +818,7 @@ class CachedLayer:
         weights = xp.exp(scores, out=scores)
         weights /= weights.sum(axis=-1, keepdims=True)
         h = self.after(0, h + (weights @ self.values[:, seen]).reshape(H * d) @ self.W_o)
-        hidden = (standardised(h) if self.pre_norm else h) @ self.W_1 + self.b_1
+        hidden = self.before(h) @ self.W_1 + self.b_1
         return self.after(1, h + xp.maximum(hidden, 0) @ self.W_2 + self.b_2)
 
     def after(self, norm, h):
@@ -837,7 +847,7 @@ class Decoder:
         W, self.b_out = model.embedding.data.T if config.tie_weights else model.W_out.data, model.b_out.data
         self.pre_norm, self.W_out = config.pre_norm, W
         if config.pre_norm:
-            self.W_out, self.b_out = model.norm.gain.data[:, None] * W, model.norm.bias.data @ W + self.b_out
+            self.W_out, self.b_out = join_norm(model.norm.gain.data, model.norm.bias.data, W, self.b_out)
 
     def __call__(self, token):
         h = self.embedding[token]

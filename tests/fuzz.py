@@ -103,10 +103,7 @@ def load_checkpoint(path):
     meta, arrays = command.load(path)
     model = TransformerXL(Config(**meta["model"]))
     command.restore(model, arrays, path)
-    try:
-        command.check_resumable(meta, arrays)
-    except (KeyError, TypeError, ValueError, IndexError) as error:      # as in train()
-        raise command.Failure(str(error))
+    command.memory_to_resume(meta, arrays, path)
 
 
 def checkpoints(count, seed, folder):
