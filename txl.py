@@ -420,7 +420,7 @@ def attend(q, kv, r, u, v, hidden):
         E -= E.max(axis=-1, keepdims=True)
         xp.exp(E, out=E)
         z[block] = row_sums(E)
-        heads(o)[block] = E @ values[i, j, seen]
+        xp.matmul(E, values[i, j, seen], out=heads(o)[block])
         numerators.append(E)
     inverse_z = 1 / z
     heads(o)[...] *= inverse_z
@@ -431,16 +431,19 @@ def attend(q, kv, r, u, v, hidden):
         g = heads(g) * inverse_z                                                      # [H, B, T, d]
         g_dot_o = row_dots(g, heads(o))
         d_content, d_position = xp.empty_like(Q), xp.empty_like(Q)
-        d_kv, d_r = xp.zeros_like(KV), xp.zeros_like(distances)
+        d_kv, d_r = xp.empty_like(KV), xp.zeros_like(distances)
         d_keys, d_values = heads(d_kv[..., :D]), heads(d_kv[..., D:])
-        for (block, seen), E in zip(blocks, numerators):
+        for (block, seen), E in zip(reversed(blocks), reversed(numerators)):
             i, j, n = block
             d_score = g[block] @ values[i, j, seen].swapaxes(-1, -2)
             d_score -= g_dot_o[block]
             d_score *= E
-            d_values[i, j, seen] += E.swapaxes(-1, -2) @ g[block]
-            d_keys[i, j, seen] += d_score.swapaxes(-1, -2) @ content[block]
-            heads(d_content)[block] = d_score @ keys[i, j, seen]
+            for d_x, weight, x in ((d_values, E, g), (d_keys, d_score, content)):
+                if n.stop >= T:
+                    xp.matmul(weight.swapaxes(-1, -2), x[block], out=d_x[i, j])
+                else:
+                    d_x[i, j, seen] += weight.swapaxes(-1, -2) @ x[block]
+            xp.matmul(d_score, keys[i, j, seen], out=heads(d_content)[block])
             d_score = rows(_shift_back(d_score))
             heads(d_position)[block] = (d_score @ distances[i, K - seen.stop:]).reshape(g[block].shape)
             d_r[i, K - seen.stop:] += d_score.swapaxes(-1, -2) @ rows(position[block])
