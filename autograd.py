@@ -632,23 +632,21 @@ def linear(a, weight, bias, gain=None, shift=None, before=None):
     y = flat @ scaled
     y += b
 
-    @once
-    def product(g):
-        return flat.T @ g.reshape(rows, m)
-
-    @once
-    def total(g):
-        return xp.ones(rows, dtype=w.dtype) @ g.reshape(rows, m)
-
-    def gradient(g):
+    def of_a(g):
         return ((g[:, first:] if first else g).reshape(math.prod(shape[:-1]), m) @ scaled.T).reshape(shape)
-    edges = [(a, gradient), (bias, total)]
-    if gain is None:
-        edges += [(weight, product)]
-    else:
-        edges += [(weight, lambda g: gain_row[:, None] * product(g) + shift_row[:, None] * total(g)),
-                  (gain, lambda g: row_dots(product(g), w).reshape(n)), (shift, lambda g: w @ total(g))]
-    return result(y.reshape(x.shape[:-1] + (m,)), *edges)
+
+    @once
+    def of_parameters(g):
+        g = g.reshape(rows, m)
+        d_w, d_b = flat.T @ g, xp.ones(rows, dtype=w.dtype) @ g
+        if gain is None:
+            return d_w, d_b
+        d_gain = row_dots(d_w, w).reshape(n)
+        d_w *= gain_row[:, None]
+        d_w += shift_row[:, None] * d_b
+        return d_w, d_b, d_gain, w @ d_b
+    return result(y.reshape(x.shape[:-1] + (m,)), (a, of_a), *(
+        (x, lambda g, i=i: of_parameters(g)[i]) for i, x in enumerate((weight, bias, gain, shift))))
 
 
 @op
