@@ -9,27 +9,30 @@ at a time mends the second when evaluating, at the price of computing everything
 
 (Attention, for whom it is new: each token's state is multiplied by three learned matrices to give a query, what it
 looks for, a key, what it offers, and a value, what it passes on. A query's dot products with all keys up to its own are
-its scores; a softmax makes them weights; the token receives the values in these proportions. Several heads do this
-side by side, each with its share of the width. A layer is attention followed by a small network for each token alone.)
+its scores; divided by sqrt(d), so that they stay near 1 however many numbers d a key has, and put through a softmax they
+become weights; the token receives the values in these proportions, through a fourth matrix. Several heads do this side by
+side, each with its share of the width. A layer is attention followed by a small network for each token alone.)
 
 The answer. Keep what entered each layer for the previous segment (the embeddings for layer 1, layer 1's output for
 layer 2, …), and let the same layer attend to it in the next segment. With T = 4 tokens and a memory of M = 4 states:
 
-                  segment 1        segment 2        segment 3
-    layer 2       .  .  .  .       .  .  .  .       .  .  .  O     this state
-                                   |__|__|__|_______|__|__|__|
-    layer 1       .  .  .  .       m  m  m  m       o  o  o  o     attends to these: o in its own segment, m in memory.
-                  |__|__|__|_______|__|__|__|
-    embeddings    m  m  m  m       o  o  o  o       .  .  .  .     The last m attended to these when it was computed.
-                  F  i  r  s       t  _  C  i       t  i  z  e
+                           segment 1        segment 2        segment 3
+    output of layer 2      .  .  .  .       .  .  .  .       .  .  .  O     this state
+                                            |__|__|__|_______|__|__|__|
+    output of layer 1      .  .  .  .       m  m  m  m       o  o  o  o     attended to these: o in its own segment, m in
+                           |__|__|__|_______|__|__|__|                      layer 2's memory, of which the last
+    embeddings             m  m  m  m       o  o  o  o       .  .  .  .     had attended to these
+                           F  i  r  s       t  _  C  i       t  i  z  e
 
-Values flow along all lines, gradients only within the segment being trained. Every layer reaches one memory further
-back, so with M = T, as here, N layers see N * M tokens beyond their segment (2 * 4). Each token is still computed only
-once. The cost: attention over M + T keys instead of T, M states a layer to keep, and no learning of what would be good to keep.
+Information flows along all lines, gradients only within the segment being trained. Every layer reaches one memory further
+back, so N layers see N * M tokens beyond their segment (here 2 * 4; a few more where M is not a multiple of T). Each token
+is still computed only once. The cost: attention over M + T keys instead of T, M states a layer to keep, segments that must be
+read in the order of the text, and no learning of what would be good to keep.
 
-It needs one change to the Transformer: positions must be *relative*. If a token carried its absolute position in the
-segment, 0 … T-1, then memory and segment would both claim 0 … T-1 and attention could not tell them apart. How far
-back a key lies from a query, in contrast, does not depend on where the text was cut.
+It needs one change to the Transformer: positions must be *relative*. Absolute positions, 0 … T-1 in each segment, are
+added to the embeddings and so are part of every state: those in memory would claim the same places as those of the
+segment, and attention could not tell them apart. (Counting on through the text instead would soon reach numbers never seen
+in training.) How far back a key lies from a query, in contrast, does not depend on where the text was cut.
 
 Reading order: 1. the configuration   2. positions, and the relative shift   3. relative attention
                4. the same attention, faster   5. the layer   6. memory   7. the model
@@ -38,19 +41,15 @@ Reading order: 1. the configuration   2. positions, and the relative shift   3. 
 Shapes are written in comments with these letters:
 
     B  batch    T  queries: tokens of the segment    M  memory: states there are now, 0 … mem_len    K = M + T  keys
-    H  heads    D  d_model                           d = D / H                                       V  vocabulary
+    H  heads    D  d_model    d = D / H    F  d_ff    V  vocabulary    N  n_layer
 
-From autograd.py: `xp` is NumPy or CuPy. A Tensor is an array with a gradient. `result(y, (x, f))` makes the Tensor of an
-operation with value y whose gradient g goes on to x as f(g); `@op` and `arrays` only check its operands, `once` keeps
-what several gradients share. `linear(x, W, b, gain, shift, before)` is ([before o x] * gain + shift) W + b.
-`normalise` is layer normalisation without gain and bias. `row_sums` and `row_dots` sum over the last axis.
+(T is `tgt_len` in the authors' code, github.com/kimiyoung/transformer-xl. Its `ext_len`, tokens at the end of a segment to
+be read once more in the next, is left out; so are the adaptive softmax and embeddings, which characters do not need.
+"labml" is the annotated implementation at nn.labml.ai/transformers/xl.)
 
-Where this differs from the paper: pre-norm layers are the default, post-norm is an option. Where it differs from the
-authors' code (github.com/kimiyoung/transformer-xl): the memory has n_layer entries, not n_layer + 1 (nothing attends to
-the last layer's output); u and v are each layer's own, not shared by all; with `same_length` a query sees itself and
-mem_len keys, one more than there; R gets no dropout; `rel_shift` is a view; adaptive softmax and embeddings, which
-characters do not need, are left out. As there, embeddings are multiplied by sqrt(D). "labml" is the annotated
-implementation at nn.labml.ai/transformers/xl.
+From autograd.py: `xp` is NumPy or CuPy. A Tensor is an array with a gradient; `.data` is the array. `@op` marks an operation,
+`arrays(…)` are its operands' arrays, and `result(y, (x, f))` is the Tensor of its value y, whose gradient g goes on to x as
+f(g). `linear(x, W, b)` is x W + b; the rest is explained where it is used.
 """
 import dataclasses
 import math
@@ -71,13 +70,14 @@ class Config:
     dropout       probability of dropping an element of the embeddings, of the output of attention and feed-forward, of the
                   feed-forward's hidden values and of the final states
     attn_dropout  probability of dropping an attention weight
-    pre_norm      True: x + f(norm(x)), which trains well without a long warm-up. False: norm(x + f(x)), the paper's
+    pre_norm      True: x + f(norm(x)), which also trains well with a short warm-up. False: norm(x + f(x)), the paper's
     tie_weights   the output layer uses the embedding table (Press and Wolf 2017)
     positions     "sinusoid": the paper's. "learned": a learned vector and bias for each distance (Shaw et al. 2018)
     clamp_len     distances beyond this count as this; None: as they are. "learned" needs it: its table has
                   clamp_len + 1 rows
-    same_length   True: each query sees itself and at most the mem_len keys before it, the last of a segment no more than
-                  the first. False: the whole memory and all of its segment before it, so that late queries see more
+    same_length   True: each query sees itself and at most the mem_len keys before it, so that the last of a segment is
+                  predicted from no more than the first (the authors' code: one less). False: the whole memory and all of
+                  its segment before it
     """
     vocab_size: int
     n_layer: int = 4
@@ -135,15 +135,15 @@ class Config:
 #     query i=1             3    2     1    0    .
 #     query i=2             4    3     2    1    0
 #
-# The distances of visible keys are 0 … K-1, and each stands on a diagonal. A vector for each distance is enough.
+# The distances of visible keys are 0 … K-1, and each stands on a diagonal. A vector r for each distance is enough; what a
+# query's dot product with it means is said in section 3.
 
 def sinusoid(distances, d_model, dtype=numpy.float32):
     """R of the paper: [K] distances -> [K, d_model], sines then cosines of geometrically slower waves.
 
     R[x] = [sin(x w_0), sin(x w_1), …, cos(x w_0), cos(x w_1), …]   w_n = 10000 ^ (-2n / d_model)
 
-    (Vaswani et al. 2017, section 3.5, with sines and cosines in two blocks instead of alternating, as the authors'
-    code has them; the order is the same for every row, and W_r can undo any order.)
+    (Vaswani et al. 2017, section 3.5, there with sines and cosines alternating; W_r can undo any order.)
     """
     w = 10000.0 ** (-xp.arange(0, d_model, 2, dtype=numpy.float64) / d_model)
     angle = distances[:, None] * w[None, :]
@@ -151,9 +151,9 @@ def sinusoid(distances, d_model, dtype=numpy.float32):
 
 
 def relative_positions(config, T, M, dtype):
-    """Attention's position input, for the distances K-1, K-2, …, 0 in this order (clamped).
+    """Attention's position input, for the distances K-1, K-2, …, 0 (clamped): in the order of the last query's keys.
 
-    Sinusoids R [K, D] as a Tensor; for learned positions the distances themselves [K], to look up in the table.
+    Sinusoids R [K, D] as a Tensor; for learned positions the distances themselves [K], to look up in a table.
     """
     distances = xp.arange(M + T - 1, -1, -1)
     if config.clamp_len is not None:
@@ -171,27 +171,26 @@ def rel_shift(x):
         row i:   [K-1, K-2, …, 2, 1, 0]         the distance that each column stands for, the same in every row
 
     What row i wants is that list moved left by T-1-i places, so that distance 0 arrives at its own key j = M + i.
-    Moving each row by another amount sounds like a loop. It is not: read the rows off in one line, start at place
-    T-1, and begin every new row only K-1 places after the one before: row i begins where it always did, at i K, plus
-    T-1-i. For T = 3, K = 5 (each number a distance):
+    Moving each row by another amount sounds like a loop. It is not. Read the rows off in one line, in which row i begins
+    at place i K. It should begin T-1-i places later, at i K + T-1-i = T-1 + i (K-1). So the first row begins at T-1, and
+    each further one K-1 places after the one before. For T = 3, K = 5 (each number a distance):
 
-        4 3 2 1 0                 row 0 begins here
-        4 3 2 1 0     -->     4 3 2 1 0 4 3 2 1 0 4 3 2 1 0     -->     2 1 0 4 3
-        4 3 2 1 0                 ^-------^-------^                     3 2 1 0 4
-                                          row 1   row 2                 4 3 2 1 0
+        4 3 2 1 0             4 3 2 1 0 4 3 2 1 0 4 3 2 1 0             2 1 0 4 3
+        4 3 2 1 0     -->         ^       ^       ^             -->     3 2 1 0 4
+        4 3 2 1 0                 row 0   row 1   row 2                 4 3 2 1 0
 
-    Up to its 0, each row is that of the picture above. Right of the zeros, where the picture has dots, the next unshifted
-    row begins. Those are keys in the future, which attention hides: their weight is 0 and so is their gradient.
+    Up to its 0, each row is that of the table at the head of this section. Right of the zeros, where the table has dots,
+    the next unshifted row begins. Those are keys in the future, which attention hides: weight 0, gradient 0.
 
     (The authors' code puts a column of zeros in front, drops the first T numbers of the line and reads rows of K: the
-    same numbers up to the diagonal, other rubbish beyond it, and a copy; this is a view. labml's `shift_right` drops the
-    last row where the authors' code drops the first because labml's table of positions runs the other way.)
+    same numbers up to the diagonal, other rubbish beyond it. Their positions run as here; labml's table of positions runs
+    the other way, so that its `shift_right` drops numbers at the other end.)
 
     >>> rel_shift(Tensor([[4, 3, 2, 1, 0]] * 3)).numpy().tolist()
     [[2, 1, 0, 4, 3], [3, 2, 1, 0, 4], [4, 3, 2, 1, 0]]
 
-    Back: every number goes to the place in the line from which it came. The last of a row and the first of the next
-    came from the same one, so there the gradients add.
+    Gradient: every number goes to the place in the line from which it came. The last of a row and the first of the next
+    came from the same one, so there the gradients add; the first T-1 and the last of the line were left out and get 0.
     """
     return result(_rows_from_line(x.data, x.shape[-1]), (x, _shift_back))
 
@@ -212,7 +211,7 @@ def _shift_back(g):
     x = xp.empty((*batch, T, K), dtype=g.dtype)
     line = x.reshape(*batch, T * K)
     line[..., :T - 1] = line[..., -1:] = 0
-    _rows_from_line(x, K - 1)[...] = g[..., :-1]
+    _rows_from_line(x, K - 1)[...] = g[..., :-1]        # without their last number the rows do not overlap
     line[..., T + K - 2::K - 1] += g[..., -1]
     return x
 
@@ -234,8 +233,8 @@ def hidden_keys(T, M, window=None):
 
 # %% 3. Relative attention
 # A Transformer with absolute positions scores query i against key j with (x_i + p_i) W_q · (x_j + p_j) W_k, where x
-# is content and p position. Multiplied out, that is four terms (the paper's A^abs, section 3.3). Transformer-XL keeps
-# the four and replaces what is absolute in each (A^rel):
+# is content and p position (added once, to the embeddings). Multiplied out, that is four terms (the paper's A^abs, its
+# section 3.3). Transformer-XL keeps the four, in every layer, and replaces what is absolute in each (A^rel):
 #
 #            absolute                    relative
 #     (a)    x_i W_q · x_j W_k           q · k      content: what i looks for against what j offers
@@ -245,8 +244,9 @@ def hidden_keys(T, M, window=None):
 #
 # q = x_i W_q and k = x_j W_k stay. p_j W_k becomes r = R[distance] W_r: the sinusoid of the distance from i to j, through a
 # matrix of its own. p_i W_q, the query's own position, becomes a learned constant: where a query stands says nothing
-# once distances are relative. It is u where it meets content and v where it meets distance. Summed, each score takes
-# two products instead of four:
+# once distances are relative. It is u where it meets content and v where it meets distance: two, because what they meet
+# comes from two matrices, W_k and W_r. (Here every layer has its own u and v; in the authors' code all share one pair.)
+# Summed, each score takes two products instead of four:
 #
 #     score = [ (q + u) · k + (q + v) · r ] / sqrt(d)         (a) + (c) and (b) + (d)
 #
@@ -255,10 +255,10 @@ def hidden_keys(T, M, window=None):
 # distance, but nothing is known about distances that were never trained; those beyond clamp_len use its last row.
 
 class RelativeMultiHeadAttention:
-    """Attention of a segment over itself and the memory before it, with relative positions (section 3.3).
+    """Attention of a segment over itself and the memory before it, with relative positions (the paper's section 3.3).
 
-    W_q, W_o [D, D]             queries, output; head h has columns h*d … (h+1)*d
-    W_kv [D, 2 D]               keys, then values, likewise
+    W_q [D, D], W_kv [D, 2 D]   queries; keys, then values. Each head has d neighbouring columns of each
+    W_o [D, D]                  output; each head has d neighbouring rows
     u [H, d]                    (c)
     sinusoid:  W_r [D, D], v [H, d]                                 (b), (d)
     learned:   table [clamp_len + 1, H, d], bias [clamp_len + 1, H]   (b), (d)
@@ -275,7 +275,7 @@ class RelativeMultiHeadAttention:
             self.v = zeros((H, D // H), dtype)
         else:
             rows = config.clamp_len + 1
-            self.table = weight(rng, (rows, H, D // H), dtype, scale=math.sqrt(rows))     # looked up, not summed over
+            self.table = weight(rng, (rows, H, D // H), dtype, scale=math.sqrt(rows))     # rows are not summed over
             self.bias = zeros((rows, H), dtype)
 
     def __call__(self, x, memory, positions, mask, generator=None, norm=None):
@@ -288,19 +288,19 @@ class RelativeMultiHeadAttention:
         """
         q, kv = self.project(x, memory, norm)
         if self.config.positions == "sinusoid" and (generator is None or self.config.attn_dropout == 0):
-            mixed = attend(q, kv, positions @ self.W_r, self.u, self.v, mask)      # the same in one operation, section 4
+            mixed = attend(q, kv, positions @ self.W_r, self.u, self.v, mask)      # the same, faster: section 4 below
         else:
-            mixed = self.attend(q, kv, positions, mask, generator)
+            mixed = self.mix(q, kv, positions, mask, generator)
         return mixed @ self.W_o
 
     def project(self, x, memory, norm):
-        """Queries [B, T, D] of the segment; keys and values [B, K, 2 D] of both: h~ = [SG(m) o h], section 3.2:
-        memory, as a constant (SG, stopped gradient), then the segment."""
+        """Queries [B, T, D] of the segment; keys and values [B, K, 2 D] of h~ = [SG(m) o h] (the paper's section 3.2):
+        memory, with stopped gradient, then the segment, joined along time."""
         gain_and_bias = (None, None) if norm is None else (norm.gain, norm.bias)
         return (linear(x, self.W_q, 0.0, *gain_and_bias),
                 linear(x, self.W_kv, 0.0, *gain_and_bias, before=memory.data))
 
-    def attend(self, q, kv, positions, mask, generator):
+    def mix(self, q, kv, positions, mask, generator):
         """What each query finds: the values, weighted by attention. [B, T, D], [B, K, 2 D] -> [B, T, D]."""
         B, T, D = q.shape
         H, d, K = self.config.n_head, D // self.config.n_head, kv.shape[1]
@@ -338,7 +338,7 @@ class RelativeMultiHeadAttention:
 
 # The parameters start as random numbers from NumPy's generator on every device, so that a seed means the same model
 # on the CPU and on the GPU. With the spread 1/sqrt(3 n) a product over n inputs is about 0.6 times the size of its input;
-# what is added to the residual stream 2 * n_layer times starts smaller by sqrt(2 * n_layer) (as in GPT-2).
+# W_o and W_2, whose results are added to the token's state 2 * N times in all, start smaller by sqrt(2 N) (as in GPT-2).
 
 def weight(rng, shape, dtype, scale=1.0):
     """A parameter [inputs, …] of normal numbers with standard deviation scale / sqrt(3 * inputs)."""
@@ -353,8 +353,8 @@ def ones(shape, dtype):
     return Tensor(xp.ones(shape, dtype=dtype), requires_grad=True)
 
 
-# %% 4. The same attention in one operation
-# `attend` below computes what the method `attend` above computes (a test compares the two), in half of the time: with
+# %% 4. The same attention, faster
+# `attend` below computes what `mix` above computes (a test compares the two), in half of the time: with
 # its gradient written out by hand it keeps no [T, K] array but the softmax's numerators, and a block of scores is worked
 # on while it is in the processor's cache. Skip it when reading for the first time.
 #
@@ -362,18 +362,20 @@ def ones(shape, dtype):
 # on d numbers a query instead of K:    o = (E / z) values = (E values) / z    with  E = exp(score - largest of the row)
 # (Subtracting the largest keeps exp from overflowing and cancels in E / z, so it has no gradient.)
 #
-# Back, with g the gradient of o, and y = E / z the attention:     d_values = y^T g = E^T (g / z)
-#     through the product and the softmax    d_score = y (d_y - sum_j y d_y)    with  d_y = g values^T
-#     and that sum is                        sum_j y_j (g · values_j) = g · o,   d numbers a query again
+# The gradient, from g, that of o, with y = E / z the attention:
 #
-# From d_score on, k and q + u get the gradients of one product, and r and q + v those of another, after the shift back. q
-# gets both sums, u and v the same summed over all queries, all times 1/sqrt(d).
+#     d_values = y^T g = E^T (g / z)
+#     d_score_j = y_j (d_y_j - sum_k y_k d_y_k)       with  d_y_j = g · values_j,   from the softmax
+#     the sum is g · o,  so  d_score_j = E_j (g/z · values_j - g/z · o)
 #
-# The queries n … n+t-1 see no key beyond M + n + t - 1. For a block of them the problem is the same with that many keys,
+# From d_score on, k and q + u get the gradients of one product, and r and q + v, after the shift back, those of another.
+# q gets both sums; u gets that of q + u, v that of q + v, summed over all queries. All but k and r: times 1/sqrt(d).
+#
+# The queries n … n+t-1 see the first M + n + t keys. For a block of them the problem is the same with that many keys,
 # whose distances are the last rows of r: what lies in the future of all of them is not computed at all. Blocks share keys
 # and distances, so gradients of those add up.
 
-QUERIES, CACHED_SCORES = 64, 1 << 17        # about so many in a block; the scores are half a megabyte of float32
+QUERIES, CACHED_SCORES = 64, 1 << 17        # at most so many in a block; the scores are half a megabyte of float32
 
 
 @op
@@ -428,7 +430,7 @@ def attend(q, kv, r, u, v, hidden):
     @once
     def gradients(g):
         content, position = queries()
-        g = heads(g) * inverse_z                                                      # [H, B, T, d]
+        g = heads(g) * inverse_z                                                   # g / z   [H, B, T, d]
         g_dot_o = row_dots(g, heads(o))
         d_content, d_position = xp.empty_like(Q), xp.empty_like(Q)
         d_kv, d_r = xp.empty_like(KV), xp.zeros_like(distances)
@@ -438,11 +440,11 @@ def attend(q, kv, r, u, v, hidden):
             d_score = g[block] @ values[i, j, seen].swapaxes(-1, -2)
             d_score -= g_dot_o[block]
             d_score *= E
-            for d_x, weight, x in ((d_values, E, g), (d_keys, d_score, content)):
-                if n.stop >= T:
-                    xp.matmul(weight.swapaxes(-1, -2), x[block], out=d_x[i, j])
+            for d_x, scores, x in ((d_values, E, g), (d_keys, d_score, content)):
+                if n.stop >= T:                         # the last queries see all keys and come first
+                    xp.matmul(scores.swapaxes(-1, -2), x[block], out=d_x[i, j])
                 else:
-                    d_x[i, j, seen] += weight.swapaxes(-1, -2) @ x[block]
+                    d_x[i, j, seen] += scores.swapaxes(-1, -2) @ x[block]
             xp.matmul(d_score, keys[i, j, seen], out=heads(d_content)[block])
             d_score = rows(_shift_back(d_score))
             heads(d_position)[block] = (d_score @ distances[i, K - seen.stop:]).reshape(g[block].shape)
@@ -457,7 +459,8 @@ def attend(q, kv, r, u, v, hidden):
 
 # %% 5. The layer
 # Attention, where tokens exchange information, then a feed-forward network, where each thinks for itself. Both are
-# added to what was there, so that a pre-norm layer starts out close to doing nothing and gradients have a straight way down.
+# added to what was there, so that a pre-norm layer starts out close to doing nothing and gradients reach the lowest layer
+# undiminished.
 
 class LayerNorm:
     """layer_norm with its parameters: gain [D], bias [D]."""
@@ -498,7 +501,7 @@ class Layer:
         p = self.config.dropout
         if self.config.pre_norm:
             # Memory holds what entered the layer, so it is normalised like the segment: x and memory are one text.
-            # norm(x) is written in two halves, normalise here and gain and bias in `linear`.
+            # norm(x) is written in two halves, normalise here and gain and bias in `linear`: for memory that is faster.
             x = x + dropout(self.attention(normalise(x), normalise(memory), positions, mask, generator,
                                            self.attention_norm), p, generator)
             return x + dropout(self.feed_forward(normalise(x), generator, self.feed_forward_norm), p, generator)
@@ -509,17 +512,23 @@ class Layer:
 # %% 6. Memory
 # The memory of a layer is the *input* of that layer for the last M tokens: what its keys and values were computed
 # from. It is stored before the layer runs, as plain arrays without history (the operations that made them). With the
-# history the gradient would be exact, and the graph of the whole text would stay alive. Without it a segment's cost is
-# constant, and states in memory are constants: no gradient reaches the layers and embeddings that made them, only the
-# parameters that use them now.
+# history gradients would also say what would have been good to store, and the graph of the whole text would stay alive.
+# Without it a segment's cost is constant, and states in memory are constants: parameters get a gradient for the use they
+# make of memory in this segment, none for having made it in an earlier one. (That was up to M / T updates of the
+# parameters ago; states in memory are a little out of date while training, not in evaluation.)
+#
+# It starts empty, grows to M and stays there. Row b of the memory belongs to row b of the batch, so row b of the next
+# segment must be the text that follows.
 #
 #     before     [ m m m m m m ]              M = 6 states of the past
 #     segment                   [ h h h h ]   T = 4 new inputs of this layer
 #     after              [ m m h h h h ]      the last M of both
 #
-# No parameter's shape depends on M, so a model trained with one memory length can be evaluated with another, longer one.
-# And evaluating a text is one pass over it: every token is computed once and yet sees, once memory is full, at least the M
-# tokens before it, where a window slid by one token would be computed anew for each of them.
+# No parameter's shape depends on M and sinusoids exist for every distance, so a model trained with one memory length can
+# be evaluated with another, longer one. And evaluating a text is one pass over it: every token is computed once and yet
+# sees, once memory is full, at least the M tokens before it. A window slid by one token computes M + 1 tokens for each.
+#
+# There are N memories. (The authors' code keeps N + 1; nothing attends to the last layer's output.)
 
 def update_memory(memory, h, mem_len):
     """The last mem_len of [memory o h]: [B, M, D], [B, T, D] -> [B, min(M + T, mem_len), D], a new array.
@@ -549,7 +558,7 @@ class TransformerXL:
         rng = numpy.random.default_rng(seed)
         V, D = config.vocab_size, config.d_model
         self.config, self.dtype = config, numpy.dtype(dtype)
-        self.embedding = weight(rng, (V, D), dtype, scale=math.sqrt(V / D) * math.sqrt(3))     # rows of length about 1
+        self.embedding = weight(rng, (V, D), dtype, scale=math.sqrt(3 * V / D))     # rows of length about 1
         self.layers = [Layer(config, rng, dtype) for _ in range(config.n_layer)]
         if config.pre_norm:
             self.norm = LayerNorm(config, dtype)        # post-norm layers end with theirs
@@ -586,11 +595,12 @@ class TransformerXL:
         positions = relative_positions(config, T, M, self.dtype)
         mask = hidden_keys(T, M, mem_len if config.same_length else None)
 
+        # Numbers of size about 1, like everything that is added to them. (The authors drop elements of R as well.)
         h = embedding(self.embedding, tokens) * math.sqrt(config.d_model)          # [B, T, D]
         h = dropout(h, config.dropout, generator)
         new_memory = []
         for layer, m in zip(self.layers, memory):
-            new_memory.append(update_memory(m, stop_gradient(h).data, mem_len))
+            new_memory.append(update_memory(m, stop_gradient(h).data, mem_len))    # SG(h), without history
             h = layer(h, Tensor(m), positions, mask, generator)
         if config.pre_norm:
             h = self.norm(h)
@@ -623,13 +633,14 @@ def attention_by_distance(model, tokens, memory):
     """How far back each layer looks: mean attention weights [n_layer, K], element n for the key n tokens back.
 
     The mean is over heads, sequences and those queries of `tokens` [B, T] that see so far; `memory` as in a call of model.
+    (With same_length a query sees max(M, T) keys before it here.)
     """
     B, T = tokens.shape
     M, config, rows = memory[0].shape[1], model.config, []
     with no_grad():
         _, inputs = model(tokens, memory, mem_len=max(M, T))    # the end of each layer's new memory is its input
         positions = relative_positions(config, T, M, model.dtype)
-        mask = hidden_keys(T, M, M if config.same_length else None)
+        mask = hidden_keys(T, M, max(M, T) if config.same_length else None)
         distance = key_distances(T, M)
         for layer, m, h in zip(model.layers, memory, inputs):
             x, norm = Tensor(h[:, h.shape[1] - T:]), None
@@ -645,21 +656,25 @@ def attention_by_distance(model, tokens, memory):
 class Adam:
     """Adam (Kingma and Ba 2015) with decoupled weight decay (Loshchilov and Hutter 2019) and clipping.
 
-    m and v (neither memory's M nor attention's v) are running means of the gradient and of its square; m / sqrt(v) is at
-    most about 1 for every parameter, whatever the scale of its gradient, and a step at most about lr. Both means start at
-    0 and so are too small at first: after t steps their weights sum to 1 - beta^t, not 1. Dividing by that sum (the bias
-    correction) makes them true averages from the first step on.
+    m and v (neither memory's M nor attention's v) are running means of the gradient and of its square; m / sqrt(v) is
+    near 1 for a parameter whose gradient keeps its sign and near 0 where it keeps changing, whatever the gradient's scale,
+    so a step is seldom more than lr. Both means start at 0 and so are too small at first: the weights of the gradients in
+    them sum to 1 - beta^t after t steps, not to 1. Dividing by that sum (the bias correction) makes them true averages
+    from the first step on.
 
         g = gradient * min(1, clip / |gradient|)       |.| the global norm, over all parameters together
         m = beta1 m + (1 - beta1) g                    v = beta2 v + (1 - beta2) g^2
         w = w - lr [ m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps) + weight_decay w ]
 
-    Weight decay applies to the matrices W only, not to embeddings, gains and biases. It stands outside the moments:
-    as part of g it would be divided by sqrt(v) and fade where gradients are large.
+    Weight decay applies to the matrices W_… only. It stands outside the means: as part of g it would be divided by
+    sqrt(v) and fade where gradients are large.
 
     The parameters are moved into one flat array, of which each `.data` becomes a view, so that a step is a dozen
-    operations on long arrays instead of a dozen for each parameter. Where a batch is divided among processes, each
-    `collect`s the gradients of its part into a row of `gradient`, and in `step` each updates its share of the numbers.
+    operations on long arrays instead of a dozen for each parameter.
+
+    parts   processes among which a batch is divided (1: none). Each `collect`s the gradients of its rows of the batch
+            into its row of `gradient`. In `step` the rows are added up and the numbers updated, each process doing an equal
+            share of the parameters
     """
 
     def __init__(self, parameters, lr=1e-3, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0, clip=None, parts=1):
@@ -692,8 +707,8 @@ class Adam:
     def step(self, lr=None, everywhere=None):
         """Update the parameters; returns the gradient's norm before clipping, a 0-d array.
 
-        The gradients are those of the parameters' `.grad`, or with `everywhere`, the Workers of all parts, those that
-        were `collect`ed, added up.
+        The gradients are those of the parameters' `.grad`; or, with `everywhere`, those that were `collect`ed.
+        everywhere(function, …) calls function(part, …) for every part and returns the list of results.
         """
         if everywhere is None:
             self.collect(0, [(p, p.grad) for p in self.parameters if p.grad is not None])
@@ -707,15 +722,15 @@ class Adam:
         return norm
 
     def blocks(self, part):
-        """Slices that make up one part's share of the numbers; on the CPU short, so that a block stays in the cache from
-        one operation to the next (5 million numbers: 0.6 of the time)."""
+        """Slices that make up one part's share of the parameters; on the CPU short, so that a block stays in the cache
+        from one operation to the next (with 5 million parameters a step takes 0.6 of the time)."""
         n, parts = self.value.size, len(self.gradient)
         start, end = n * part // parts, n * (part + 1) // parts
         length = 1 << 16 if xp.module is numpy else n
         return [slice(at, min(at + length, end)) for at in range(start, end, length)]
 
     def add_up(self, part):
-        """Add the gradients of all parts of the batch into row 0; returns the sum of their squares. One part's share."""
+        """Of one part's share: add the gradients of all parts into row 0 and return the sum of their squares."""
         squares = 0.0
         for block in self.blocks(part):
             g = self.gradient[0, block]
@@ -725,7 +740,7 @@ class Adam:
         return squares
 
     def update(self, part, t, lr, factor):
-        """Step t of the formulas above, for one part's share."""
+        """Of one part's share: step t of the formulas above."""
         beta1, beta2 = self.betas
         for block in self.blocks(part):
             g, m, v, w, decayed = (array[block] for array in (self.gradient[0], self.m, self.v, self.value, self.decayed))
@@ -760,11 +775,11 @@ def warmup_cosine(step, steps, peak, warmup, final):
 
 
 # %% 10. Generation
-# A new token is a segment of one: T = 1, its keys are the memory and itself, and nothing before it is computed again. Nor
-# are keys and values: a state in memory is a constant, and so are its key and value while the weights stay as they are.
-# (A key holds no position, that is in r, so it stays right while the text moves on.) They are kept instead of the state.
-# So are r = R W_r and the term v · r, which depend on the distance alone. What is left for each token and layer is a
-# handful of products of a vector with a matrix, however long the text.
+# A new token is a segment of one: T = 1, and it attends to the memory and itself. A state in memory is a constant, and so
+# are its key and its value while the weights stay as they are. (A key holds no position, that is in r, so it stays right
+# while the text moves on.) Key and value are kept instead of the state; r = R W_r and the term v · r, which depend on the
+# distance alone, are computed once. What is left for each token and layer is a handful of products of a vector with a
+# matrix, however long the text. Up to rounding the logits are the model's own.
 
 class CachedLayer:
     """`layer` for one token at a time: h [D] -> [D], with the keys and values of the tokens before it.
@@ -778,8 +793,8 @@ class CachedLayer:
         D, H = config.d_model, config.n_head
         self.heads, self.mem_len, self.pre_norm = (H, D // H), mem_len, config.pre_norm
         self.norms = [(norm.gain.data, norm.bias.data) for norm in (layer.attention_norm, layer.feed_forward_norm)]
-        # A norm in front of a product joins it, as in `linear`.
-        scale = 1 / math.sqrt(D // H)           # that of the scores joins what q is made of
+        # A norm's gain and bias join the product after it, (a gain + bias) W = a (gain W) + bias W, and 1/sqrt(d) joins W_q.
+        scale = 1 / math.sqrt(D // H)
         W = xp.concatenate([attention.W_q.data * scale, attention.W_kv.data], axis=1)
         self.W_qkv, self.b_qkv = self.joined(0, W, xp.zeros(3 * D, dtype=W.dtype))
         self.W_1, self.b_1 = self.joined(1, feed_forward.W_1.data, feed_forward.b_1.data)
@@ -787,7 +802,7 @@ class CachedLayer:
         self.u = attention.u.data[:, None] * scale                                 # [H, 1, d]
         positions = relative_positions(config, 1, mem_len, W.dtype)                # distances mem_len … 0
         with no_grad():
-            zero = Tensor(xp.zeros((H, 1, D // H), dtype=W.dtype))
+            zero = Tensor(xp.zeros((H, 1, D // H), dtype=W.dtype))                 # with q = 0, (b) + (d) is (d)
             self.fixed = attention.position_scores(zero, positions).data * scale   # (d)  [H, 1, mem_len + 1]
             self.r = attention.distance_vectors(positions).data                    # [H, d, mem_len + 1]
         # Room for twice the memory and one: when it is full, the latter half moves to the front.
@@ -840,7 +855,7 @@ class Decoder:
     """A model that reads token by token: `logits = decoder(token)`, [V], as those of `model`, fed one token at a time.
 
     It begins with what `model` has read before (`memory`, n_layer arrays [1, M, D], M at most mem_len). It takes the
-    weights as they are now, and constant memory however much it reads.
+    weights as they are now, and the same space however much it reads.
     """
 
     def __init__(self, model, memory, mem_len):
@@ -873,7 +888,7 @@ def generate(model, prompt, length, temperature=1.0, top_k=None, top_p=None, rng
     if prompt.ndim != 1 or prompt.size == 0:
         raise ValueError(f"generate: the prompt must be a non-empty list of tokens, not of shape {list(prompt.shape)}")
     mem_len = min(mem_len, prompt.size + length)            # there will never be more to remember
-    memory = None
+    memory = None                                           # read the prompt in segments of the memory's length
     for segment in numpy.split(prompt, range(max(1, mem_len), prompt.size, max(1, mem_len))):
         with no_grad():
             logits, memory = model(xp.asarray(segment[None]), memory, mem_len=mem_len)

@@ -115,7 +115,7 @@ def test_attention_in_one_operation_is_attention_step_by_step(T, M, window, quer
         inputs = [Tensor(xp.asarray(x), requires_grad=True) for x in (q, kv, u, v, W_r)]
         Q, KV, attention.u, attention.v, attention.W_r = inputs
         y = (txl.attend(Q, KV, positions @ attention.W_r, attention.u, attention.v, mask) if one_operation
-             else attention.attend(Q, KV, positions, mask, None))
+             else attention.mix(Q, KV, positions, mask, None))
         y.backward(xp.asarray(g))
         answers.append([y.numpy()] + [to_numpy(x.grad) for x in inputs])
     for ours, expected in zip(*answers):
