@@ -1,39 +1,33 @@
 # %% autograd: reverse-mode automatic differentiation over NumPy or CuPy
 """A reverse-mode autograd in one file.
 
-Training a network means following the gradient of one number, the loss, with respect to a million numbers,
-the parameters. The chain rule can be multiplied out from either end. Forwards, from the parameters, it takes
-one pass for every parameter. Backwards, from the loss, it takes one pass in all, because every intermediate result
-then needs only one gradient: that of one number. The pass costs about twice as much as computing the loss.
-That is reverse mode, and this file is all of it:
+Training a network means knowing the gradient of one number, the loss, with respect to a million numbers, the
+parameters. The chain rule can be multiplied out from either end. Forwards, from the parameters, it takes one pass for
+every parameter. Backwards, from the loss, it takes one pass in all, because every intermediate result needs only the
+gradient of that one number: an array of its own shape. The pass costs about twice as much as computing the loss (a matrix
+product has two products as its gradients), and the intermediate results must be kept until it comes by. That is
+reverse mode:
 
     1. the device      which array library computes: NumPy on the CPU, CuPy on a CUDA GPU
     2. the graph       Tensor, what an operation leaves behind for the way back, and backward()
-    3. the operations  forward and gradient side by side, from addition to layer normalisation
+    3. the operations  forward and gradient side by side, from addition to layer normalisation and dropout
     4. the notation    NumPy's operators on Tensor
-    5. the workers     several graphs at once, one for each part of a batch
-    6. the proof       check_gradients: every gradient against finite differences
-    7. a walk through  what `python autograd.py` prints: all of this with numbers
+    5. the proof       check_gradients: every gradient against finite differences
+    6. a walk through  what `python autograd.py` prints: gradients with numbers
 
 Throughout, `g` is the gradient of the loss with respect to an operation's result y, an array of y's shape, and
-the gradient of an operation is the map from g to the gradient with respect to one operand:
+an operation's *gradient function* maps g to the gradient with respect to one operand:
 
     loss = L(y),  y = f(x)      dL/dx[i] = sum over j of  g[j] * dy[j]/dx[i]      with  g[j] = dL/dy[j]
 """
-import atexit
 import builtins
 import contextlib
 import functools
 import itertools
 import math
 import mmap
-import multiprocessing
 import os
-import signal
-import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
-from multiprocessing.reduction import ForkingPickler
 
 import numpy
 
@@ -62,7 +56,7 @@ class DeviceError(RuntimeError):
 def use_device(name, tf32=False):
     """Compute on "cpu" (NumPy) or "gpu" (CuPy) from now on. Arrays made before stay where they are.
 
-    tf32   let the GPU round the factors of float32 products to 10 bits, which is faster; to be said before the first use
+    tf32   let the GPU round the factors of float32 products to 10 bits, which is faster; only the first use of "gpu" heeds it
 
     Raises DeviceError when CuPy or a CUDA device is missing, ValueError for any other name.
     """
@@ -101,41 +95,35 @@ def to_numpy(array):
     return array.get() if hasattr(array, "get") else array
 
 
-def keep_freed_memory():
-    """Tell the C library's malloc to keep freed memory for the next array instead of returning it to the system.
-
-    A training step allocates and frees the same few hundred arrays again and again. glibc by default hands every
-    large one back to the kernel and gets it anew, and the page faults cost more than the arithmetic in the array
-    (with this a training step of a model with 4 layers of width 128 takes 0.88 of the time). Without glibc this does nothing.
-    """
-    import ctypes
-    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3         # <malloc.h>
-    with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL("libc.so.6")
-        # Older releases refuse more than 32 MiB (mallopt then returns 0).
-        if libc.mallopt(M_MMAP_THRESHOLD, 1 << 30) or libc.mallopt(M_MMAP_THRESHOLD, 1 << 25):
-            libc.mallopt(M_TRIM_THRESHOLD, 1 << 30)
+def shared_zeros(shape, dtype):
+    """An array of zeros that processes forked from this one see as well: what one of them writes, all read."""
+    if xp.module is not numpy:
+        return xp.zeros(shape, dtype=dtype)             # on a GPU there is one process
+    size = math.prod(shape) * numpy.dtype(dtype).itemsize
+    return numpy.frombuffer(mmap.mmap(-1, size or 1), dtype=dtype, count=math.prod(shape)).reshape(shape)
 
 
 # %% 2. The graph
-# Every operation makes a Tensor that remembers its operands and, for each operand, the function that carries a
-# gradient back to it. Each such pair is an edge; the edges are the "tape". A Tensor without edges is a leaf: a
-# parameter, or a constant. Nothing is compiled: the graph is whatever the Python code did.
+# Every operation makes a Tensor that remembers its operands and, for each operand that needs one, the function that
+# carries a gradient back to it. Each such pair is an edge; the edges are the "tape". A Tensor without edges is a leaf: a
+# parameter, or a constant. Nothing is compiled: the graph is whatever the Python code did. Gradient functions refer to
+# the arrays they need, they do not copy them: changing `.data` in place before backward() falsifies the gradients.
 #
 #     x ──┐
 #         ├─ multiply ── y ── sum ── loss          loss.backward() walks the edges from right to left
 #     w ──┘
 #
 # A value that is used twice influences the loss along two paths, and the chain rule for several paths is a sum:
-# that is why gradients *add*, in backward() below and in Tensor.grad.
+# that is why gradients *add*, wherever paths meet in `leaf_gradients` below. (They add in Tensor.grad too, from one
+# backward() to the next: the gradient of a sum of losses.)
 
 class _State(threading.local):
-    recording = True        # each thread has its own: no_grad() in one does not blind another
+    recording = True        # each thread has its own: no_grad() in one changes nothing in another
 
 
 _state = _State()
 _serial = itertools.count()
-_RELEASED = ("released",)
+_RELEASED = ("released",)   # the edges of a Tensor that backward() has passed; not empty, as those of a leaf are
 
 
 @contextlib.contextmanager
@@ -197,10 +185,10 @@ class Tensor:
         return Tensor(self.data)
 
     def backward(self, gradient=None):
-        """Add d(self)/d(leaf) to `.grad` of every leaf with requires_grad that this value was computed from.
+        """Add the gradient of every leaf with requires_grad that this value was computed from to the leaf's `.grad`.
 
-        A single number needs no `gradient`; more need the gradient of the final loss with respect to this
-        Tensor, of this shape. The graph is released on the way: a second backward() through it is a RuntimeError.
+        Of this value, if it is a single number; otherwise of a loss whose gradient with respect to this Tensor is
+        `gradient`, of this shape. The graph is released on the way: a second backward() through it is a RuntimeError.
 
         >>> w, x = Tensor([1.0, 2.0], requires_grad=True), Tensor([3.0, 4.0])
         >>> ((w * x) ** 2).sum().backward()     # the gradient is 2 w x^2
@@ -211,7 +199,7 @@ class Tensor:
 
 
 def stop_gradient(x):
-    """SG(x) of the paper (section 3.2): the same value, through which no gradient flows.
+    """SG(x) of Transformer-XL (Dai et al. 2019, section 3.2): the same value, through which no gradient flows.
 
     >>> x = Tensor([3.0], requires_grad=True)
     >>> (x * stop_gradient(x)).backward()       # as if it were x * 3
@@ -222,16 +210,16 @@ def stop_gradient(x):
 
 
 def leaf_gradients(root, gradient=None):
-    """The backward pass: [(leaf, d(root)/d(leaf)), …] for every leaf with requires_grad under `root`.
+    """The backward pass: [(leaf, its gradient), …] for every leaf with requires_grad that `root` was computed from.
 
-    It visits results before their operands, so that when an operation is reached its gradient g is complete. An
-    operation is always younger than its operands: descending order of creation is such an order, without recursion.
+    It visits results before their operands, so that when a Tensor is reached its gradient g is complete. A result
+    is always younger than its operands: descending order of creation is such an order, without recursion.
     """
     if not root.requires_grad:
         raise RuntimeError("backward: nothing this value was computed from requires a gradient "
                            "(or it was computed inside no_grad())")
     if gradient is None and root.size != 1:
-        raise ValueError(f"backward: the result has shape {list(root.shape)}; only a scalar can do without a gradient")
+        raise ValueError(f"backward: the result has shape {list(root.shape)}; only a single number can do without a gradient")
     gradient = xp.ones_like(root.data) if gradient is None else xp.asarray(gradient, dtype=root.dtype)
     if gradient.shape != root.shape:
         raise ValueError(f"backward: gradient of shape {list(gradient.shape)} for a result of shape {list(root.shape)}")
@@ -257,6 +245,7 @@ def leaf_gradients(root, gradient=None):
             continue
         for operand, gradient_function in tensor._edges:
             part = unbroadcast(gradient_function(g), operand.shape)
+            # Not +=: a gradient function may return g itself, or a view of it.
             gradients[operand] = gradients[operand] + part if operand in gradients else part
         tensor._edges = _RELEASED       # frees what the gradient functions held on to
     return leaves
@@ -272,8 +261,8 @@ def unbroadcast(g, shape):
     """Sum g over the axes along which broadcasting repeated an operand of `shape`.
 
     Broadcasting uses one element several times; its gradient is the sum over all its uses. [2, 3] + [3] adds the
-    same vector to both rows, so the vector's gradient is g summed over the rows. Every operation below may return
-    a gradient of the broadcast shape: backward() calls this one function for all of them.
+    same vector to both rows, so the vector's gradient is g summed over the rows. Every gradient function below may
+    return a gradient of the broadcast shape: `leaf_gradients` calls this one function for all of them.
 
     >>> unbroadcast(numpy.array([[1, 2, 3], [10, 20, 30]]), (3,)).tolist()
     [11, 22, 33]
@@ -283,11 +272,12 @@ def unbroadcast(g, shape):
     if g.shape == shape:
         return g
     extra = g.ndim - len(shape)
-    repeated = tuple(axis for axis in range(g.ndim) if axis < extra or (shape[axis - extra] == 1 != g.shape[axis]))
+    repeated = tuple(axis for axis in range(g.ndim) if axis < extra or shape[axis - extra] != g.shape[axis])
     return g.sum(axis=repeated).reshape(shape)
 
 
-# What the operations share.
+# %% 3. The operations
+# First what they share: the table of all operations, their results, and which operands go together.
 
 OPS = {}        # name -> operation; the tests read it so that none goes unchecked
 
@@ -316,8 +306,8 @@ def _describe(operand):
 def result(data, *edges):
     """The Tensor of an operation's value. `edges` are (operand, function from g to the operand's gradient).
 
-    Only operands that need a gradient are kept, so a gradient nobody wants (of a constant, of the memory) is never
-    computed, and what only its function needed is not held in memory.
+    Only edges to operands that need a gradient are kept: that of a constant is never computed, and arrays that only its
+    gradient function refers to are freed.
     """
     tensor = Tensor.__new__(Tensor)         # without the checks of __init__: this runs for every operation
     tensor.data = data if data.ndim else xp.asarray(data)
@@ -345,8 +335,8 @@ def once(function):
 def arrays(*operands):
     """The operands' values, ready to be combined without changing the dtype of the floating-point ones.
 
-    Python and NumPy scalars become Python numbers, which take the dtype of the array beside them; integer arrays
-    beside floating-point ones are converted to their dtype. float32 beside float64 is a TypeError.
+    Numbers take the dtype of the array beside them, and so do integer arrays beside a floating-point one. Lists become
+    arrays. float32 beside float64 is a TypeError.
     """
     values = [operand.data if isinstance(operand, Tensor) else operand for operand in operands]
     dtypes = [getattr(value, "dtype", None) for value in values]
@@ -367,9 +357,8 @@ def arrays(*operands):
     return values
 
 
-# %% 3. The operations
-# Each returns result(value, (operand, g -> gradient of the operand), …). First arithmetic, elementwise with
-# broadcasting; the rules are those of a first calculus course.
+# Each operation returns result(value, (operand, gradient function), …). First arithmetic, elementwise with broadcasting;
+# the rules are those of a first calculus course.
 
 @op
 def add(a, b):
@@ -397,7 +386,7 @@ def divide(a, b):
 
 @op
 def power(a, b):
-    """a ** b. At a = 0 the slope of a ** 0 is 0, and that of 0 ** b by b (b > 0) is 0 too."""
+    """a ** b. d/da = b a^(b-1), at b = 0: 0, also where a = 0. d/db = a^b log a, at a = 0 with b > 0: 0."""
     x, y = arrays(a, b)
     x = x if hasattr(x, "dtype") else xp.full((), x, dtype=xp.result_type(x, y))
     z = x ** y
@@ -463,8 +452,8 @@ def gelu(a):
                   (a, lambda g: g * (0.5 * (1 + t) + 0.5 * x * (1 - t * t) * c * (1 + 3 * 0.044715 * x * x))))
 
 
-# Selection and shape. These move numbers without changing them, so their gradients move g back the same way: what
-# was left out gets zero, what was used twice gets a sum.
+# Selection and shape. These move numbers without changing them (astype: but for rounding), so their gradients move g back
+# the same way: what was left out gets zero, what was used twice gets a sum.
 
 @op
 def where(condition, a, b):
@@ -542,7 +531,7 @@ def astype(a, dtype):
     return result(y, *([(a, lambda g: g.astype(x.dtype))] if y.dtype.kind == "f" else []))
 
 
-# Reductions. Back: every element that was summed gets the same g.
+# Reductions. Every element that was summed gets the same g. (`sum` and `max` hide Python's own from here on.)
 
 def _spread(g, shape, axis, keepdims):
     """g of a reduction over `axis`, repeated along the reduced axes: an array (a view) of `shape`."""
@@ -578,7 +567,9 @@ def max(a, axis=None, keepdims=False):
     return result(x.max(axis=axis, keepdims=keepdims), (a, gradient))
 
 
-# Matrix products. For Y = X W:  dL/dX = g W^T  and  dL/dW = X^T g.
+# Matrix products. With Y = X W, Y[i,j] = sum_k X[i,k] W[k,j]:
+#
+#     dL/dX[i,k] = sum_j g[i,j] W[k,j]    dL/dX = g W^T        dL/dW[k,j] = sum_i X[i,k] g[i,j]    dL/dW = X^T g
 
 @op
 def matmul(a, b):
@@ -598,7 +589,7 @@ def matmul(a, b):
                       (a, lambda g: (g.reshape(rows, m) @ y.T).reshape(x.shape)),
                       (b, lambda g: flat.T @ g.reshape(rows, m)))
     def gradient_of_b(g):
-        if y.strides[-2] < y.strides[-1]:       # b is a transposed view: its gradient in b's own order in memory
+        if y.strides[-2] < y.strides[-1]:       # b is a transposed view; so is its gradient, ready to be transposed back
             return (g.swapaxes(-1, -2) @ x).swapaxes(-1, -2)
         return x.swapaxes(-1, -2) @ g
     return result(x @ y, (a, lambda g: g @ y.swapaxes(-1, -2)), (b, gradient_of_b))
@@ -613,16 +604,20 @@ def join_norm(gain, shift, w, b):
 def linear(a, weight, bias, gain=None, shift=None, before=None):
     """(a * gain + shift) @ weight + bias for a [..., n], gain and shift [n] (or neither), weight [n, m], bias [m].
 
-    gain and shift are those of a layer normalisation. They join the weights, (a gain + shift) W = a (gain W) + shift W,
-    so that they meet one small matrix instead of every row. And their gradients follow from a^T g, which W's needs
-    anyway, instead of from g (gain W)^T, the gradient of the rows, which is not computed where a is a constant.
+    gain and shift are those of a layer normalisation (below) that comes before: they multiply every row by the same
+    numbers, so they can join the weights instead, a small matrix. With W' = diag(gain) W and b' = shift W + b, and with
+    d_W' = a^T g and d_b' = the sum of g's rows, as for any product:
 
-    before   constants [B, M, n] put in front of a [B, T, n]; the result [B, M + T, m] has their rows too, they get no
-             gradient
+        d_a = g W'^T     d_b = d_b'     d_W = diag(gain) d_W' + shift^T d_b'
+        d_gain[i] = sum_j d_W'[i,j] W[i,j]     d_shift = W d_b'
+
+    before   constants [B, M, n] put in front of a [B, T, n], like Transformer-XL's memory: the result [B, M + T, m] has
+             rows for them, they have no gradient
     """
-    x, w, b, *_ = arrays(a, weight, bias, *([] if before is None else [before]))
+    x, w, b = arrays(a, weight, bias)
     shape, first = x.shape, 0
     if before is not None:
+        arrays(x, before)                   # for their dtypes
         x, first = xp.concatenate([before, x], axis=1), before.shape[1]
     rows, (n, m) = math.prod(x.shape[:-1]), w.shape
     flat, scaled = x.reshape(rows, n), w
@@ -642,19 +637,19 @@ def linear(a, weight, bias, gain=None, shift=None, before=None):
         if gain is None:
             return d_w, d_b
         d_gain = row_dots(d_w, w).reshape(n)
-        d_w *= gain_row[:, None]
+        d_w *= gain_row[:, None]            # d_W' until here, d_W from here on
         d_w += shift_row[:, None] * d_b
         return d_w, d_b, d_gain, w @ d_b
     return result(y.reshape(x.shape[:-1] + (m,)), (a, of_a), *(
-        (x, lambda g, i=i: of_parameters(g)[i]) for i, x in enumerate((weight, bias, gain, shift))))
+        (operand, lambda g, i=i: of_parameters(g)[i]) for i, operand in enumerate((weight, bias, gain, shift))))
 
 
 @op
 def embedding(table, ids):
     """Rows of `table` [V, D] picked by integer `ids` [...]: [..., D]. A row picked n times gets the sum of n gradients.
 
-    Picking rows is a product with a matrix of zeros and ones, onehot [N, V] @ table, so the gradient is onehot^T g. For
-    a small table that product is several times faster than adding row after row, which is what a large one gets.
+    Picking rows is a product with a matrix of zeros and ones, a row for each id, so the gradient is its transpose times
+    g. For a small table that product is several times faster than adding row after row, which is what a large one gets.
     """
     x, = arrays(table)
     ids = ids.data if isinstance(ids, Tensor) else xp.asarray(ids)
@@ -665,8 +660,8 @@ def embedding(table, ids):
     y, V = x[ids], x.shape[0]
 
     def gradient(g):
-        onehot = (xp.arange(V)[:, None] == ids.reshape(-1) % V).astype(x.dtype)
-        return onehot @ g.reshape(ids.size, x.shape[1])
+        transposed = (xp.arange(V)[:, None] == ids.reshape(-1) % V).astype(x.dtype)      # % V: -1 is the last row
+        return transposed @ g.reshape(ids.size, x.shape[1])
     return result(y, (table, gradient))
 
 
@@ -676,11 +671,9 @@ def embedding(table, ids):
 #     dy[j]/dx[i] = y[j] (1[i = j] - y[i])      dL/dx[i] = sum_j g[j] dy[j]/dx[i] = y[i] (g[i] - sum_j g[j] y[j])
 #
 # Adding a constant to every x[i] changes nothing; subtracting the largest keeps exp from overflowing.
-#
-# Sums over a short last axis are slow in NumPy; a product with a vector of ones takes a fifth of the time.
 
 def row_sums(x):
-    """Sum over the last axis, which stays with size 1."""
+    """Sum over the last axis, which stays with size 1: as a product with ones, a fifth of the time of NumPy's sum."""
     n = x.shape[-1]
     return (x.reshape(math.prod(x.shape[:-1]), n) @ xp.ones(n, dtype=x.dtype)).reshape(x.shape[:-1] + (1,))
 
@@ -694,7 +687,7 @@ def row_dots(x, y):
 def softmax(a, mask=None):
     """Softmax over the last axis. Where boolean `mask` (broadcast to a) is True the weight is 0, as if x were -infinity.
 
-    A row that is masked everywhere has only zeros.
+    A row that is masked everywhere has only zeros (its largest is -infinity and its sum 0: hence the two limits).
 
     >>> softmax(Tensor([[0.0, math.log(3.0)], [1000.0, 1000.0]])).numpy().round(12).tolist()
     [[0.25, 0.75], [0.5, 0.5]]
@@ -727,8 +720,8 @@ def log_softmax(a):
 def cross_entropy(logits, targets):
     """Mean over all positions of -log softmax(logits)[target], in nats.
 
-    logits [..., V], integer targets [...]. From log_softmax, with N positions and g = -1/N at the target, 0 elsewhere:
-    dL/dlogits = (softmax(logits) - onehot(target)) / N: what the model believes, minus what was true.
+    logits [..., V], integer targets [...]. log_softmax's g is, of N positions, -1/N at the target and 0 elsewhere, so the
+    gradient of the mean is (softmax(logits) - onehot(target)) / N: what the model believes, minus what was true.
 
     >>> logits = Tensor([[0.0, 0.0, 0.0, 0.0]], requires_grad=True)
     >>> loss = cross_entropy(logits, [2])
@@ -751,19 +744,19 @@ def cross_entropy(logits, targets):
     return result(-log_p[rows, columns].mean(), (logits, gradient))
 
 
-# Layer normalisation (Ba et al. 2016) gives every row of n numbers mean 0 and variance 1, then a learned scale and
-# shift. With z = (x - mean) * s and s = 1 / sqrt(variance + eps):
+# Layer normalisation (Ba et al. 2016) gives every row of n numbers mean 0 and variance 1 (but for eps, which keeps a
+# constant row from a division by 0), then a learned gain and shift. With z = (x - mean) s and s = 1 / sqrt(variance + eps):
 #
-#     z depends on x[i] directly, through the mean, and through s (ds/dx[i] = -s^2 z[i] / n):
-#     dz[j]/dx[i] = s (1[i = j] - 1/n - z[j] z[i] / n)
+#     dvariance/dx[i] = 2/n (x[i] - mean) = 2/n z[i] / s      ds/dx[i] = -1/2 s^3 dvariance/dx[i] = -s^2 z[i] / n
+#     dz[j]/dx[i] = s (1[i = j] - 1/n) + z[j]/s ds/dx[i] = s (1[i = j] - 1/n - z[j] z[i] / n)
 #     dL/dx[i] = sum_j g[j] dz[j]/dx[i] = s (g[i] - mean(g) - z[i] mean(g z))
 #
-# Shifting or stretching a row leaves z as it is, so the gradient has no part in those two directions. The scale and
-# shift that follow are a multiplication and an addition, with the gradients of those.
+# Shifting or (but for eps) stretching a row leaves z as it is, so the gradient has no part in those two directions. Gain
+# and shift are a multiplication and an addition, with the gradients of those.
 
 @op
 def normalise(a, eps=1e-5):
-    """Every row (last axis) shifted to mean 0 and scaled to variance 1."""
+    """z of every row (last axis), without gain and shift."""
     x, = arrays(a)
     n = x.shape[-1] or 1
     z = x - row_sums(x) / n
@@ -781,7 +774,7 @@ def normalise(a, eps=1e-5):
 
 @op
 def layer_norm(a, gain, bias, eps=1e-5):
-    """Normalise over the last axis, then scale and shift: a [..., D], gain [D], bias [D]."""
+    """Layer normalisation over the last axis: a [..., D], gain [D], bias [D] (the shift's usual name)."""
     return normalise(a, eps) * gain + bias
 
 
@@ -801,7 +794,7 @@ def dropout(a, p, generator):
 
 
 # %% 4. The notation
-# NumPy's operators and methods on Tensor are the operations above.
+# NumPy's operators on Tensor, and some of its methods, are the operations above.
 
 Tensor.__add__, Tensor.__radd__ = add, lambda self, other: add(other, self)
 Tensor.__sub__, Tensor.__rsub__ = subtract, lambda self, other: subtract(other, self)
@@ -816,133 +809,11 @@ Tensor.transpose = lambda self, *axes: transpose(self, axes or None)
 Tensor.T = property(transpose)
 
 
-# %% 5. The workers
-# NumPy works on one core at a time in everything but large matrix products. So the rows of a batch are divided among
-# processes: copies of this one, made by fork, each of which builds and walks a graph of its own. (Threads would do
-# without copies, but they take turns at Python's lock: two threads need 1.2 to 2.4 times as long as two processes.)
-
-def shared_zeros(shape, dtype):
-    """An array of zeros that processes forked from this one see as well: what one of them writes, all read."""
-    if xp.module is not numpy:
-        return xp.zeros(shape, dtype=dtype)             # on a GPU there is one process
-    size = math.prod(shape) * numpy.dtype(dtype).itemsize
-    return numpy.frombuffer(mmap.mmap(-1, size or 1), dtype=dtype, count=math.prod(shape)).reshape(shape)
-
-
-class WorkerError(RuntimeError):
-    """A worker process has ended before its answer."""
-
-
-class Workers:
-    """Calls a function for several parts at once: the first in this process, each other in a fork of it.
-
-        with Workers([rows_0, rows_1], [evaluate]) as workers:
-            losses = workers(evaluate, mem_len)         # [evaluate(rows_0, mem_len), evaluate(rows_1, mem_len)]
-
-    The processes start with everything there is when Workers(…) is called and stay until close(), so a function finds
-    what its earlier call for the same part left behind. What it changes stays in its process, except in arrays of
-    `shared_zeros`: the parameters are such arrays, and so are the gradients, a row for each part, which are then added
-    up. Arguments and results travel through a pipe and are plain data or arrays. An exception of a part is raised here,
-    once all parts have answered; a process that has ended is a WorkerError. On other systems than Linux the parts run
-    in threads; on a GPU there can be only one.
-    """
-
-    def __init__(self, parts, functions):
-        self.parts, self.functions, self.processes, self.pipes, self.threads = list(parts), list(functions), [], [], None
-        if len(self.parts) > 1 and xp.module is not numpy:
-            raise ValueError("Workers: a GPU takes one part")
-        if len(self.parts) > 1 and not sys.platform.startswith("linux"):
-            self.threads = ThreadPoolExecutor(len(self.parts))
-            return
-        atexit.register(self.close)
-        try:
-            for part in self.parts[1:]:
-                fork = multiprocessing.get_context("fork")
-                pipe, its_pipe = fork.Pipe()
-                self.pipes.append(pipe)
-                self.processes.append(fork.Process(target=self._serve, args=(part, its_pipe), daemon=True))
-                self.processes[-1].start()
-                its_pipe.close()
-        except BaseException:
-            self.close()
-            raise
-
-    def _serve(self, part, pipe):
-        """The life of a forked process: answer until the pipe is closed at the other end."""
-        import ctypes
-        PR_SET_PDEATHSIG = 1                            # <sys/prctl.h>: end when the first process ends, however it does
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        for number in (signal.SIGINT, signal.SIGTERM):  # these are for the first process, whose close() ends this one
-            signal.signal(number, signal.SIG_IGN)
-        for other in self.pipes:
-            other.close()
-        with contextlib.suppress(EOFError, OSError):
-            while True:
-                function, arguments = pipe.recv()
-                answer = self._answer(self.functions[function], part, arguments)
-                try:
-                    message = ForkingPickler.dumps(answer)
-                    if answer[1] is not None:
-                        ForkingPickler.loads(message)   # an exception may not let itself be made again at the other end
-                except Exception:
-                    message = ForkingPickler.dumps(
-                        (None, RuntimeError(f"a worker's answer cannot travel through a pipe: {answer!r:.200}")))
-                pipe.send_bytes(message)
-
-    @staticmethod
-    def _answer(function, part, arguments):
-        try:
-            return function(part, *arguments), None
-        except Exception as error:
-            return None, error
-
-    def __call__(self, function, *arguments):
-        """[function(part, *arguments) for part in parts]; `function` is one of those given at the start."""
-        number = self.functions.index(function)         # functions do not travel; the processes have them already
-        if self.threads:
-            answers = list(self.threads.map(lambda part: self._answer(function, part, arguments), self.parts))
-        else:
-            try:
-                for pipe in self.pipes:
-                    pipe.send((number, arguments))
-                answers = [self._answer(function, self.parts[0], arguments)]
-                answers += [pipe.recv() for pipe in self.pipes]
-            except (EOFError, OSError) as error:
-                self.close()
-                raise WorkerError("a worker process has ended unexpectedly; most often the system had no memory left") from error
-            except BaseException:                       # Ctrl-C: what is still in the pipes belongs to nobody
-                self.close()
-                raise
-        for _, error in answers:
-            if error is not None:
-                raise error
-        return [answer for answer, _ in answers]
-
-    def close(self):
-        """End the processes, also in the middle of their work."""
-        for pipe in self.pipes:
-            pipe.close()
-        for process in self.processes:
-            if process.pid:
-                process.kill()
-                process.join()
-        if self.threads:
-            self.threads.shutdown(wait=False, cancel_futures=True)
-        atexit.unregister(self.close)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        self.close()
-
-
-# %% 6. The proof
+# %% 5. The proof
 # A derivative is a limit, and the limit can be tried: (f(x + eps) - f(x - eps)) / (2 eps) differs from f'(x) by
 # eps^2 f'''/6 and by rounding, about 1e-16 |f| / eps. In float64 with eps = 1e-5 both are near 1e-11 where f and f''' are
-# near 1, so a gradient with a wrong sign, factor or index cannot hide. In float32 rounding alone is 6e-8 / 1e-5 = 6e-3, and it
-# could: float32 is refused.
+# near 1, so a wrong sign, factor or index shows. In float32 rounding alone is 6e-8 / 1e-5 = 6e-3 and would hide it:
+# float32 is refused. (Where f has a kink, like relu at 0, there is no derivative to agree on; random inputs miss those.)
 
 class GradientError(AssertionError):
     """backward() and finite differences disagree."""
@@ -953,7 +824,8 @@ def check_gradients(f, inputs, eps=1e-5, rtol=1e-6, atol=1e-7, samples=None, see
 
     f         function of the inputs that returns a Tensor of any shape; it must be deterministic. The check is made
               on a randomly weighted sum of its elements, in which errors do not cancel
-    inputs    float64 Tensors with requires_grad: a list, or a dict of name -> Tensor (the names are for messages)
+    inputs    float64 Tensors with requires_grad: a list, or a dict of name -> Tensor (the names are for messages). Their
+              `.grad` is overwritten
     samples   check that many elements of each input, chosen by `seed`, instead of all
 
     Returns the largest difference found. Raises GradientError with the worst element where a difference exceeds
@@ -963,7 +835,7 @@ def check_gradients(f, inputs, eps=1e-5, rtol=1e-6, atol=1e-7, samples=None, see
     tensors = list(named.values())
     for name, tensor in named.items():
         if tensor.dtype != numpy.float64 or not tensor.requires_grad:
-            raise TypeError(f"check_gradients: {name} must be float64 with requires_grad, is {tensor.dtype}")
+            raise TypeError(f"check_gradients: {name} must be float64 with requires_grad, is {tensor!r:.80}")
     rng = numpy.random.default_rng(seed)
     weights = None
 
@@ -1005,7 +877,7 @@ def check_gradients(f, inputs, eps=1e-5, rtol=1e-6, atol=1e-7, samples=None, see
     return largest
 
 
-# %% 7. A walk through it
+# %% 6. A walk through it
 # `python autograd.py` prints this section.
 
 def walk_through():
@@ -1020,18 +892,12 @@ def walk_through():
     (w * w + 3 * w).backward()
     print(f"   by hand      {2 * 5.0 + 3}\n   backward()   {w.grad[0]}")
 
-    print("\n3. Broadcasting: a row added to both rows of a matrix is used twice, so its gradient is the sum over them.")
-    row = Tensor([1.0, 2.0, 3.0], requires_grad=True)
-    g = numpy.array([[1.0, 2.0, 3.0], [10.0, 20.0, 30.0]])
-    (row + numpy.zeros((2, 3))).backward(g)
-    print(f"   g = {g.tolist()}   gradient of the row {row.grad}")
-
-    print("\n4. Softmax and cross-entropy: what the model believes, minus what was true.")
+    print("\n3. Softmax and cross-entropy: what the model believes, minus what was true.")
     logits = Tensor([[2.0, 1.0, 0.0]], requires_grad=True)
     cross_entropy(logits, [1]).backward()
     print(f"   softmax      {softmax(logits.detach()).numpy()[0].round(4)}\n   gradient     {logits.grad[0].round(4)}   target 1")
 
-    print("\n5. The proof: finite differences against backward(), for a layer normalisation between two products.")
+    print("\n4. The proof: finite differences against backward(), for a layer normalisation between two products.")
     rng = numpy.random.default_rng(0)
     inputs = [Tensor(rng.normal(size=shape), requires_grad=True) for shape in ((4, 3), (3, 5), (5,), (5,), (5, 2))]
     error = check_gradients(lambda x, W, gain, bias, V: layer_norm(x @ W, gain, bias) @ V, inputs)

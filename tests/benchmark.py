@@ -30,8 +30,8 @@ import numpy
 
 import autograd
 import txl
-from autograd import Workers, leaf_gradients, no_grad, xp
-from train_shakespeare import row_parts
+from autograd import leaf_gradients, no_grad, xp
+from train_shakespeare import Workers, keep_freed_memory, row_parts
 
 CONFIGS = {
     "labml": dict(vocab=65, d_model=128, n_head=4, d_ff=256, n_layer=6, seq_len=2, mem_len=32, batch=32),
@@ -241,7 +241,7 @@ def main():
         if name not in CONFIGS:
             parser.error(f"no configuration {name!r}; there are {', '.join(CONFIGS)}")
     autograd.use_device(args.device, args.tf32)
-    autograd.keep_freed_memory()
+    keep_freed_memory()
     threads = args.threads if args.device == "cpu" else 1
     program = f"{xp.module.__name__} {xp.module.__version__}"
     header = None

@@ -5,7 +5,8 @@ import numpy
 import pytest
 
 import txl
-from autograd import Tensor, Workers, to_numpy, xp
+from autograd import Tensor, to_numpy, xp
+from train_shakespeare import Workers
 
 RNG = numpy.random.default_rng
 

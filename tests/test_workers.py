@@ -1,0 +1,111 @@
+"""Workers: a function for several parts at once, in processes that share what is meant to be shared."""
+import os
+import signal
+
+import numpy
+import pytest
+
+from autograd import Tensor, leaf_gradients, shared_zeros, tanh, to_numpy, xp
+from train_shakespeare import WorkerError, Workers
+
+
+def gradient_by_parts(parts):
+    """(loss, gradient) of a small sum of squares whose rows are divided among workers."""
+    rng = numpy.random.default_rng(0)
+    data, w = xp.asarray(rng.normal(size=(12, 3))), Tensor(xp.asarray(rng.normal(size=(3, 2))), requires_grad=True)
+    gradients = shared_zeros((len(parts), 3, 2), numpy.float64)
+
+    def work(part):
+        loss = (tanh(data[parts[part]] @ w) ** 2).sum()
+        (_, gradients[part]), = leaf_gradients(loss)
+        return loss.item()
+    with Workers(range(len(parts)), [work]) as workers:
+        return sum(workers(work)), to_numpy(gradients.sum(axis=0))
+
+
+@pytest.mark.parametrize("platform", ["linux", "elsewhere"])
+def test_workers_give_the_gradient_of_one_graph_and_the_same_bits_every_time(platform, monkeypatch):
+    """As processes, and as threads where there is no fork."""
+    monkeypatch.setattr("sys.platform", platform)
+    parts = [slice(0, 5), slice(5, 6), slice(6, 12)]
+    loss, gradient = gradient_by_parts(parts)
+    whole, expected = gradient_by_parts([slice(0, 12)])
+    assert loss == pytest.approx(whole, rel=1e-12)
+    numpy.testing.assert_allclose(gradient, expected, rtol=1e-12)
+    for _ in range(5):
+        numpy.testing.assert_array_equal(gradient_by_parts(parts)[1], gradient)
+
+
+def test_a_worker_keeps_what_it_did_and_shares_only_shared_arrays():
+    own, shared = numpy.zeros(3), numpy.asarray(to_numpy(shared_zeros((3,), numpy.float64)))
+
+    def add(part, n):
+        own[part] += n
+        shared[part] += n
+        return own[part]
+    with Workers(range(3), [add]) as workers:
+        assert workers(add, 1) == [1, 1, 1] and workers(add, 2) == [3, 3, 3]
+    assert own.tolist() == [3, 0, 0] and shared.tolist() == [3, 3, 3]       # part 0 is this process
+
+
+@pytest.mark.parametrize("bad", [0, 1, 2])
+def test_an_error_of_a_worker_reaches_the_caller_and_the_next_call_works(bad):
+    def invert(part, bad):
+        return 1 / (part - bad)
+    with Workers(range(3), [invert]) as workers:
+        with pytest.raises(ZeroDivisionError):
+            workers(invert, bad)
+        assert workers(invert, -1) == [1, 1 / 2, 1 / 3]
+
+
+def test_a_worker_that_dies_is_one_clear_error():
+    def die(part):
+        if part == 1:
+            os._exit(1)
+    with Workers(range(2), [die]) as workers:
+        with pytest.raises(WorkerError, match="worker process has ended unexpectedly"):
+            workers(die)
+
+
+def test_an_answer_that_cannot_travel_is_one_clear_error_and_the_next_call_works():
+    class Odd(Exception):                               # cannot be made again from its arguments
+        def __init__(self, a, b):
+            super().__init__(a)
+
+    def bad(part):
+        if part == 1:
+            raise Odd(1, 2)
+        return lambda: None
+
+    def good(part):
+        return numpy.full(1 << 20, part)                # more than fits into a pipe at once
+    with Workers(range(3), [bad, good]) as workers:
+        with pytest.raises(RuntimeError, match="cannot travel through a pipe"):
+            workers(bad)
+        assert [answer[-1] for answer in workers(good)] == [0, 1, 2]
+
+
+def test_workers_do_not_mind_signals_meant_for_the_first_process():
+    def signalled(part):
+        if part == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGINT)
+        return part
+    with Workers(range(2), [signalled]) as workers:
+        assert workers(signalled) == [0, 1]
+
+
+def test_an_interrupted_call_ends_the_workers():
+    def interrupt(part):
+        if part == 0:
+            raise KeyboardInterrupt
+    workers = Workers(range(2), [interrupt])
+    with pytest.raises(KeyboardInterrupt):
+        workers(interrupt)
+    assert not workers.processes[0].is_alive()
+
+
+def test_no_worker_outlives_close():
+    with Workers(range(3), [os.getpid]) as workers:
+        processes = workers.processes
+    assert processes and not any(process.is_alive() for process in processes)
