@@ -252,7 +252,7 @@ def test_a_gradient_nobody_wants_is_not_computed():
 
 def test_backward_of_a_non_scalar_needs_a_gradient_of_its_shape():
     y = leaf([[1.0, 2.0]]) * 2
-    with pytest.raises(ValueError, match=r"shape \[1, 2\]; only a scalar"):
+    with pytest.raises(ValueError, match=r"shape \[1, 2\]; only a single number"):
         y.backward()
     with pytest.raises(ValueError, match=r"gradient of shape \[2\] for a result of shape \[1, 2\]"):
         y.backward(xp.ones(2))
