@@ -11,7 +11,7 @@
 
 A run lives in one directory (--out): checkpoint.npz (latest state), best.npz (lowest validation loss), log.csv,
 config.json. Exit status: 0 done, 1 failed, 2 bad arguments, 130 or 143 after Ctrl-C or SIGTERM (while training the first
-one writes the checkpoint).
+signal writes the checkpoint; the second ends at once).
 """
 import os
 
@@ -61,17 +61,17 @@ class Failure(Exception):
 
 
 # %% 1. The command line
-def number(kind, low, high=math.inf, low_ok=True):
+def number(kind, low, high=math.inf, low_ok=True, high_ok=False):
     """An argparse type: a finite int or float between low and high."""
     def parse(text):
         try:
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole number' if kind is int else 'a number'}")
-        if not (low <= value < high) or (value == low and not low_ok):
+        if not (low < value < high or low_ok and value == low or high_ok and value == high):
             limits = f"at least {low}" if low_ok else f"more than {low}"
-            raise argparse.ArgumentTypeError(f"{text} is out of range: {limits}"
-                                             + (f" and less than {high}" if high < math.inf else ""))
+            limits += "" if high == math.inf else f" and at most {high}" if high_ok else f" and less than {high}"
+            raise argparse.ArgumentTypeError(f"{text} is out of range: {limits}")
         return value
     return parse
 
@@ -99,9 +99,9 @@ FIXED = {
     "batch_size": (16, positive, "sequences side by side"),
     "seq_len": (64, positive, "tokens in a segment"),
     "lr": (3e-3, number(float, 0, low_ok=False), "peak learning rate"),
-    "seed": (1, whole, "of weights, dropout, where epochs begin, and --generate")}
+    "seed": (1, whole, "of the initial weights, of dropout, of where epochs begin, and of --generate")}
 FREE = {
-    "steps": (3900, positive, "training steps in all"),
+    "steps": (3900, positive, "training steps in all, over which the learning rate falls"),
     "eval_mem_len": (None, whole, "memory when evaluating and generating (default: --mem-len; with --eval a table of several)"),
     "log_every": (50, positive, "steps between log lines"),
     "eval_every": (650, positive, "steps between evaluations, each with a checkpoint")}
@@ -117,7 +117,7 @@ class Parser(argparse.ArgumentParser):
 
 def parse_arguments(argv=None):
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
 
     what = parser.add_argument_group("what to do").add_mutually_exclusive_group()
     what.add_argument("--resume", action="store_true", help="continue the run in --out")
@@ -149,9 +149,15 @@ def parse_arguments(argv=None):
     writing.add_argument("--temperature", type=number(float, 0), default=0.8, metavar="X",
                          help="below 1 safer, above 1 more varied, 0 always the likeliest character (default: 0.8)")
     writing.add_argument("--top-k", type=positive, metavar="K", help="choose among the K likeliest only")
-    writing.add_argument("--top-p", type=number(float, 0, 1.0000001, low_ok=False), metavar="P",
+    writing.add_argument("--top-p", type=number(float, 0, 1, low_ok=False, high_ok=True), metavar="P",
                          help="choose among the likeliest that reach probability P only")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for mode, used in (("eval", ("batch_size", "seq_len", "eval_mem_len")), ("generate", ("seed", "eval_mem_len")),
+                       ("plot", ("eval_mem_len",))):
+        for name in SETTINGS if getattr(args, mode) not in (None, False) else ():
+            if getattr(args, name) is not None and name not in used:
+                parser.error(f"--{name.replace('_', '-')} has no effect with --{mode}: the run in --out has its own")
+    return args
 
 
 # %% 2. The corpus
@@ -277,6 +283,7 @@ def spoken(markdown):
 
 # %% 3. Characters and batches
 def code_points(text):
+    """The characters of a text as an array of integers."""
     return numpy.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
 
 
@@ -517,6 +524,7 @@ def figures(nats):
 # A file is written under another name, brought to the disk and then renamed, which the file system does in one piece:
 # whatever happens, there is either the old file or the new one.
 VERSION = 1
+OF_A_RUN = ("checkpoint.npz", "best.npz", "log.csv", "config.json")
 
 
 def write_whole(path, data):
@@ -615,25 +623,22 @@ def check(meta, arrays):
 def memory_to_resume(meta, arrays, path):
     """The memory in a checkpoint, a list of arrays; Failure unless there is all that training continues from."""
     try:
-        return check_resumable(meta, arrays)
+        config, batch_size = Config(**meta["model"]), meta["settings"]["batch_size"]
+        memory = [arrays[f"memory/{i}"] for i in range(config.n_layer)] if "memory/0" in arrays else []
+        M = len(memory[0][0]) if memory else 0
+        if any(m.shape != (batch_size, M, config.d_model) for m in memory) or M > config.mem_len:
+            raise ValueError("its memory has the wrong shape")
+        if any(arrays[name].shape != (config.parameter_count(),) for name in ("adam/m", "adam/v")) or (arrays["adam/v"] < 0).any():
+            raise ValueError("Adam's averages are wrong")
+        if not isinstance(meta["log"], list) or not all(
+                len(row) == 7 and all(x is None or is_number(x) for x in row) for row in meta["log"]):
+            raise ValueError("its log is wrong")
+        if not (all(is_number(meta[name]) for name in ("seconds", "loss_sum", "grad_norm")) and is_count(meta["loss_steps"])
+                and (meta["best"] is None or is_number(meta["best"]))):
+            raise ValueError("its running figures are wrong")
+        return memory
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise Failure(f"{path} cannot be resumed from, it is damaged or of another kind ({error})")
-
-
-def check_resumable(meta, arrays):
-    """Raise as `check` does unless there is all that training continues from; returns the memory, a list of arrays."""
-    config, batch_size = Config(**meta["model"]), meta["settings"]["batch_size"]
-    memory = [arrays[f"memory/{i}"] for i in range(config.n_layer)] if "memory/0" in arrays else []
-    if any(m.shape != (batch_size, memory[0].shape[1], config.d_model) or len(m[0]) > config.mem_len for m in memory):
-        raise ValueError("its memory has the wrong shape")
-    if any(arrays[name].shape != (config.parameter_count(),) for name in ("adam/m", "adam/v")) or (arrays["adam/v"] < 0).any():
-        raise ValueError("Adam's averages are wrong")
-    if not isinstance(meta["log"], list) or not all(len(row) == 7 and all(x is None or is_number(x) for x in row) for row in meta["log"]):
-        raise ValueError("its log is wrong")
-    if not (all(is_number(meta[name]) for name in ("seconds", "loss_sum", "grad_norm")) and is_count(meta["loss_steps"])
-            and (meta["best"] is None or is_number(meta["best"]))):
-        raise ValueError("its running figures are wrong")
-    return memory
 
 
 def restore(model, arrays, path):
@@ -677,6 +682,7 @@ class Stop:
 
 
 def no_more_output():
+    """Send what is still printed nowhere: whoever read it is gone."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -693,7 +699,7 @@ class Screen:
                 print("\r\x1b[K" + (text if keep else text[:width - 1]), end="\n" if keep else "", flush=True)
             else:
                 print(text, flush=True)
-        except BrokenPipeError:                 # whoever read the output is gone (`| head`, `| tee` after Ctrl-C): train on
+        except BrokenPipeError:                 # `| head`, `| tee` after Ctrl-C: train on
             no_more_output()
 
 
@@ -722,16 +728,16 @@ def start_or_resume(args):
     given = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
     path = args.out / "checkpoint.npz"
     if args.resume:
-        meta, arrays = load(path) if path.exists() else (None, None)
-        if meta is None:
+        if not path.exists():
             raise Failure(f"nothing to resume: {path} does not exist; leave out --resume to start a run")
+        meta, arrays = load(path)
         settings = {**meta["settings"], **{name: value for name, value in given.items() if name in FREE}}
         for name in FIXED:
             if name in given and given[name] != settings[name]:
                 raise Failure(f"--resume: the run in {args.out} has --{name.replace('_', '-')} {settings[name]}, not "
                               f"{given[name]}; leave it out, or start another run with --out DIR", status=2)
     else:
-        if any((args.out / name).exists() for name in ("checkpoint.npz", "best.npz")) and not args.overwrite:
+        if any((args.out / name).exists() for name in OF_A_RUN) and not args.overwrite:
             raise Failure(f"{args.out} already holds a run: {'continue it with --resume, ' if path.exists() else ''}replace it "
                           "with --overwrite, or name another directory with --out DIR", status=2)
         meta, arrays = None, None
@@ -785,7 +791,7 @@ def train(args):
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         if not meta:
-            for name in ("checkpoint.npz", "best.npz", "log.csv"):       # what --overwrite replaces
+            for name in OF_A_RUN:                               # what --overwrite replaces
                 (args.out / name).unlink(missing_ok=True)
         write_whole(args.out / "config.json", json.dumps(
             {"model": dataclasses.asdict(model.config), "settings": settings, "corpus": corpus}, indent=2).encode() + b"\n")
@@ -871,7 +877,8 @@ def train(args):
                         checkpoint("best.npz", {"val_loss": val_loss}, parameter_arrays(model))
                     save_all()
                     if step < steps and not stop:
-                        sample = generate(model, encode(vocabulary[:1], vocabulary), 160, 0.8, mem_len=eval_mem_len)
+                        start = encode(vocabulary[0], vocabulary)           # the end of a line, in most texts
+                        sample = generate(model, start, 160, 0.8, mem_len=eval_mem_len)
                         screen.line("    " + "".join(vocabulary[t] for t in sample).strip().replace("\n", "\n    "))
                 since, since_step = time.perf_counter(), step
             if step >= steps:
@@ -891,7 +898,8 @@ def train(args):
     screen.line(f"validation loss {figures(val_loss)} after {step} steps, {clock(seconds())}")
     if round(best, 6) < val_loss:
         screen.line(f"lowest validation loss {figures(best)}: {args.out / 'best.npz'}")
-    screen.line('let it write: python train_shakespeare.py --generate "ROMEO:"'
+    start = "ROMEO:" if set("ROMEO:") <= set(vocabulary) else vocabulary[-1]
+    screen.line(f'let it write: python train_shakespeare.py --generate "{start}"'
                 + ("" if args.out == pathlib.Path("runs/shakespeare") else f" --out {args.out}"))
     return 0
 
@@ -913,10 +921,11 @@ def trained(args):
 def held_out_text(args, meta):
     """(corpus, tokens) of the text that the run in args.out is evaluated on."""
     text, corpus = find_corpus(args.data)
+    held_out = split(encode(text, meta["vocabulary"]))[1]
     if corpus["sha256"] != meta["corpus"]["sha256"]:
         print(f"note: the run in {args.out} was trained on {meta['corpus']['name']}, this is {corpus['name']}",
               file=sys.stderr)
-    return corpus, split(encode(text, meta["vocabulary"]))[1]
+    return corpus, held_out
 
 
 def evaluate_run(args):
@@ -991,8 +1000,10 @@ def plot(args):
     streams, memory = xp.asarray(held_out[:B * n * T].reshape(B, n * T)), model.empty_memory(B)
     total, count = 0, 0
     for at in range(0, n * T, T):
-        if memory[0].shape[1] == mem_len and count < 20:
+        if memory[0].shape[1] == mem_len:                   # the mean over twenty segments with a full memory
             total, count = total + attention_by_distance(model, streams[:, at:at + T], memory), count + 1
+        if count == 20:
+            break
         with no_grad():
             _, memory = model(streams[:, at:at + T], memory, mem_len=mem_len)
     if not count:

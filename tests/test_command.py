@@ -260,6 +260,20 @@ def test_generate_continues_the_text_and_repeats_with_the_seed(folder, finished)
     assert text("--temperature", "0") == text("--top-k", "1") == text("--top-p", "1e-9") == text("--temperature", "1e-320")
 
 
+def test_eval_on_a_text_with_characters_the_model_never_saw_is_one_line(folder, finished):
+    (folder / "strange").write_text(TEXT + "ü")
+    assert "never saw 'ü'" in run(folder, "--data", "strange", "--out", "run", "--eval", status=2).stderr
+
+
+def test_the_last_line_names_a_prompt_that_the_model_can_read(folder, finished):
+    _, out = finished
+    (folder / "lower").write_text(TEXT.lower())
+    done = run(folder, "--data", "lower", "--out", "lowercase", "--steps", "2", *SMALL).stdout
+    for name, text in (("run", out), ("lowercase", done)):
+        prompt = re.search(r'--generate "(.*)" --out', text.splitlines()[-1])[1]
+        run(folder, "--out", name, "--generate", prompt, "--length", "1")
+
+
 def test_generate_lists_characters_the_model_never_saw(folder, finished):
     assert "never saw '#', 'é'" in run(folder, "--out", "run", "--generate", "Cit#é", status=2).stderr
     assert "never saw" in run(folder, "--out", "run", "--generate", b"\xff", status=2).stderr
@@ -292,6 +306,10 @@ def test_plot_draws_two_pictures_or_says_that_matplotlib_is_missing(folder, fini
     (["--n-head", "3"], 2, "d-model must be a multiple"),
     (["--device", "tpu"], 2, "--device"),
     (["--unknown"], 2, "unrecognized arguments: --unknown"),
+    (["--step", "7"], 2, "unrecognized arguments: --step"),
+    (["--top-p", "1.5"], 2, "more than 0 and at most 1"),
+    (["--eval", "--mem-len", "7"], 2, "--mem-len has no effect with --eval"),
+    (["--generate", "x", "--lr", "1"], 2, "--lr has no effect with --generate"),
     (["--resume", "--eval"], 2, "not allowed with"),
     (["--seq-len", "100000"], 1, "lower --batch-size or --seq-len"),
     (["--data", "nowhere"], 1, "cannot read nowhere: No such file"),
@@ -342,12 +360,14 @@ def test_weights_that_are_not_finite_are_not_saved(folder):
     assert not (folder / "infinite" / "checkpoint.npz").exists() and not (folder / "infinite" / "best.npz").exists()
 
 
-def test_a_best_checkpoint_alone_is_not_overwritten_either(folder):
-    trained(folder, "alone", 10)
-    (folder / "alone" / "checkpoint.npz").unlink()
-    answer = trained(folder, "alone", 5, status=2).stderr
+@pytest.mark.parametrize("name", ["best.npz", "log.csv", "config.json"])
+def test_a_single_file_of_a_run_is_not_overwritten_either(folder, name):
+    (folder / name.split(".")[0]).mkdir()
+    file = folder / name.split(".")[0] / name
+    file.write_text("mine")
+    answer = trained(folder, file.parent, 5, status=2).stderr
     assert "already holds a run: replace it with --overwrite" in answer and "--resume" not in answer
-    assert (folder / "alone" / "best.npz").exists()
+    assert file.read_text() == "mine"
 
 
 def test_training_goes_on_when_nobody_reads_its_output_any_more(folder):
