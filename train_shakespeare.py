@@ -1011,12 +1011,15 @@ def plot(args):
         return
     figure, axes = pyplot.subplots(figsize=(8, 4.5))
     for layer, weights in enumerate(total / count, start=1):
-        axes.plot(range(1, len(weights) + 1), weights, label=f"layer {layer}")
+        axes.plot(weights, label=f"layer {layer}")
     axes.axvline(T, color="gray", linestyle="--")
-    axes.text(T * 0.95, axes.get_ylim()[1] * 0.7, "right of the line\nonly through memory", color="gray", va="top", ha="right")
-    axes.set_xscale("log")
+    axes.text(T * 0.95, axes.get_ylim()[1] * 0.7, "from here on\nonly in memory", color="gray", va="top", ha="right")
+    axes.set_xscale("symlog", linthresh=1, linscale=0.3)
+    axes.set_xlim(left=0)
+    axes.set_xticks([0] + [2 ** i for i in range((T + mem_len).bit_length())])
+    axes.xaxis.set_major_formatter("{x:.0f}")
     axes.set_yscale("log")
-    picture("attention.png", xlabel="characters back (1: the character itself)", ylabel="mean attention weight",
+    picture("attention.png", xlabel="characters back (0: the character itself)", ylabel="mean attention weight",
             title=f"Attention by distance, memory {mem_len}")
 
 
