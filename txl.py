@@ -20,13 +20,13 @@ layer 2, …), and let the same layer attend to it in the next segment. With T =
     output of layer 2      .  .  .  .       .  .  .  .       .  .  .  O     this state
                                             |__|__|__|_______|__|__|__|
     output of layer 1      .  .  .  .       m  m  m  m       o  o  o  o     attended to these: o in its own segment, m in
-                           |__|__|__|_______|__|__|__|                      layer 2's memory, of which the last
-    embeddings             m  m  m  m       o  o  o  o       .  .  .  .     had attended to these
+                           |__|__|__|_______|__|__|__|                      layer 2's memory, of which the newest
+    embeddings             m  m  m  m       o  o  o  o       .  .  .  .     had attended to these in layer 1
                            F  i  r  s       t  _  C  i       t  i  z  e
 
 Information flows along all lines, gradients only within the segment being trained. Every layer reaches one memory further
-back, so N layers see N * M tokens beyond their segment (here 2 * 4; a few more where M is not a multiple of T). Each token
-is still computed only once. The cost: attention over M + T keys instead of T, M states a layer to keep, segments that must be
+back, so N layers see N * M tokens beyond their segment (here 2 * 4; more where M is not a multiple of T). Each token is
+still computed only once. The cost: attention over M + T keys instead of T, M states a layer to keep, segments that must be
 read in the order of the text, and no learning of what would be good to keep.
 
 It needs one change to the Transformer: positions must be *relative*. Absolute positions, 0 … T-1 in each segment, are
@@ -49,7 +49,9 @@ be read once more in the next, is left out; so are the adaptive softmax and embe
 
 From autograd.py: `xp` is NumPy or CuPy. A Tensor is an array with a gradient; `.data` is the array. `@op` marks an operation,
 `arrays(…)` are its operands' arrays, and `result(y, (x, f))` is the Tensor of its value y, whose gradient g goes on to x as
-f(g). `linear(x, W, b)` is x W + b; the rest is explained where it is used.
+f(g); `once` computes what several gradients share. `linear(x, W, b, gain, shift, before=m)` is ([m, x] gain + shift) W + b,
+with m in front of x along time. `normalise` is layer normalisation without gain and shift. `row_sums` and `row_dots` sum over
+the last axis: one array, or the product of two.
 """
 import dataclasses
 import math
@@ -75,8 +77,8 @@ class Config:
     positions     "sinusoid": the paper's. "learned": a learned vector and bias for each distance (Shaw et al. 2018)
     clamp_len     distances beyond this count as this; None: as they are. "learned" needs it: its table has
                   clamp_len + 1 rows
-    same_length   True: each query sees itself and at most the mem_len keys before it, so that the last of a segment is
-                  predicted from no more than the first (the authors' code: one less). False: the whole memory and all of
+    same_length   True: each query sees itself and at most the mem_len keys before it, so that the last query of a segment
+                  sees no more keys than the first (the authors' code: one key less). False: the whole memory and all of
                   its segment before it
     """
     vocab_size: int
@@ -190,7 +192,7 @@ def rel_shift(x):
     [[2, 1, 0, 4, 3], [3, 2, 1, 0, 4], [4, 3, 2, 1, 0]]
 
     Gradient: every number goes to the place in the line from which it came. The last of a row and the first of the next
-    came from the same one, so there the gradients add; the first T-1 and the last of the line were left out and get 0.
+    came from the same one, so there the gradients add; the first T-1 of the line were left out and get 0.
     """
     return result(_rows_from_line(x.data, x.shape[-1]), (x, _shift_back))
 
@@ -210,7 +212,7 @@ def _shift_back(g):
         return g                                        # a single query is at the end of its row already
     x = xp.empty((*batch, T, K), dtype=g.dtype)
     line = x.reshape(*batch, T * K)
-    line[..., :T - 1] = line[..., -1:] = 0
+    line[..., :T - 1] = line[..., -1] = 0               # the last: for the sum below
     _rows_from_line(x, K - 1)[...] = g[..., :-1]        # without their last number the rows do not overlap
     line[..., T + K - 2::K - 1] += g[..., -1]
     return x
@@ -250,9 +252,10 @@ def hidden_keys(T, M, window=None):
 #
 #     score = [ (q + u) · k + (q + v) · r ] / sqrt(d)         (a) + (c) and (b) + (d)
 #
-# `positions="learned"` (Shaw et al. 2018; labml's form) differs in r and in (d): r is not computed from sinusoids but
-# looked up in a learned table, and v · r is a learned number for each distance and head. More freedom at each
-# distance, but nothing is known about distances that were never trained; those beyond clamp_len use its last row.
+# `positions="learned"` (labml's form, after Shaw et al. 2018, who have (a) and (b) only) differs in r and in (d): r is not
+# computed from sinusoids but looked up in a learned table, and v · r is a learned number for each distance and head. More
+# freedom at each distance, but nothing is known about distances that were never trained; those beyond clamp_len use its
+# last row.
 
 class RelativeMultiHeadAttention:
     """Attention of a segment over itself and the memory before it, with relative positions (the paper's section 3.3).
@@ -275,7 +278,7 @@ class RelativeMultiHeadAttention:
             self.v = zeros((H, D // H), dtype)
         else:
             rows = config.clamp_len + 1
-            self.table = weight(rng, (rows, H, D // H), dtype, scale=math.sqrt(rows))     # rows are not summed over
+            self.table = weight(rng, (rows, H, D // H), dtype, scale=math.sqrt(rows))     # as if for one input
             self.bias = zeros((rows, H), dtype)
 
     def __call__(self, x, memory, positions, mask, generator=None, norm=None):
@@ -368,14 +371,15 @@ def ones(shape, dtype):
 #     d_score_j = y_j (d_y_j - sum_k y_k d_y_k)       with  d_y_j = g · values_j,   from the softmax
 #     the sum is g · o,  so  d_score_j = E_j (g/z · values_j - g/z · o)
 #
-# From d_score on, k and q + u get the gradients of one product, and r and q + v, after the shift back, those of another.
-# q gets both sums; u gets that of q + u, v that of q + v, summed over all queries. All but k and r: times 1/sqrt(d).
+# (d_x is the gradient of x.) From d_score on, k and q + u get the gradients of one product, and r and q + v, after the
+# shift back, those of another. The gradient of q is the sum of those of q + u and q + v; that of u is that of q + u, summed
+# over all queries, and likewise v. These three are multiplied by 1/sqrt(d).
 #
 # The queries n … n+t-1 see the first M + n + t keys. For a block of them the problem is the same with that many keys,
 # whose distances are the last rows of r: what lies in the future of all of them is not computed at all. Blocks share keys
-# and distances, so gradients of those add up.
+# and distances, so gradients of those add up (last block first: it sees all keys, so its products are what is added to).
 
-QUERIES, CACHED_SCORES = 64, 1 << 17        # at most so many in a block; the scores are half a megabyte of float32
+QUERIES, CACHED_SCORES = 64, 1 << 17        # in a block, if it can be; so many scores are half a megabyte of float32
 
 
 @op
@@ -441,7 +445,7 @@ def attend(q, kv, r, u, v, hidden):
             d_score -= g_dot_o[block]
             d_score *= E
             for d_x, scores, x in ((d_values, E, g), (d_keys, d_score, content)):
-                if n.stop >= T:                         # the last queries see all keys and come first
+                if n.stop >= T:
                     xp.matmul(scores.swapaxes(-1, -2), x[block], out=d_x[i, j])
                 else:
                     d_x[i, j, seen] += scores.swapaxes(-1, -2) @ x[block]
@@ -449,7 +453,7 @@ def attend(q, kv, r, u, v, hidden):
             d_score = rows(_shift_back(d_score))
             heads(d_position)[block] = (d_score @ distances[i, K - seen.stop:]).reshape(g[block].shape)
             d_r[i, K - seen.stop:] += d_score.swapaxes(-1, -2) @ rows(position[block])
-        all_queries = xp.full(B * T, scale, dtype=Q.dtype)
+        all_queries = xp.full(B * T, scale, dtype=Q.dtype)                         # a product with it is a sum, scaled
         d_u, d_v = ((all_queries @ x.reshape(B * T, D)).reshape(H, d) for x in (d_content, d_position))
         d_content += d_position
         d_content *= scale
@@ -459,8 +463,7 @@ def attend(q, kv, r, u, v, hidden):
 
 # %% 5. The layer
 # Attention, where tokens exchange information, then a feed-forward network, where each thinks for itself. Both are
-# added to what was there, so that a pre-norm layer starts out close to doing nothing and gradients reach the lowest layer
-# undiminished.
+# added to what was there, so that in a pre-norm model gradients reach the lowest layer undiminished.
 
 class LayerNorm:
     """layer_norm with its parameters: gain [D], bias [D]."""
@@ -501,7 +504,8 @@ class Layer:
         p = self.config.dropout
         if self.config.pre_norm:
             # Memory holds what entered the layer, so it is normalised like the segment: x and memory are one text.
-            # norm(x) is written in two halves, normalise here and gain and bias in `linear`: for memory that is faster.
+            # norm(x) is written in two halves, normalise here and gain and bias in `linear`: so no row of memory needs a
+            # gradient, not even for gain and bias.
             x = x + dropout(self.attention(normalise(x), normalise(memory), positions, mask, generator,
                                            self.attention_norm), p, generator)
             return x + dropout(self.feed_forward(normalise(x), generator, self.feed_forward_norm), p, generator)
@@ -512,13 +516,13 @@ class Layer:
 # %% 6. Memory
 # The memory of a layer is the *input* of that layer for the last M tokens: what its keys and values were computed
 # from. It is stored before the layer runs, as plain arrays without history (the operations that made them). With the
-# history gradients would also say what would have been good to store, and the graph of the whole text would stay alive.
+# history, gradients would also say what would have been good to store, and the graph of the whole text would stay alive.
 # Without it a segment's cost is constant, and states in memory are constants: parameters get a gradient for the use they
-# make of memory in this segment, none for having made it in an earlier one. (That was up to M / T updates of the
-# parameters ago; states in memory are a little out of date while training, not in evaluation.)
+# make of memory in this segment, none for having made it in an earlier one. (It was made by the parameters of some
+# updates ago, from memory that was older still: while training it is a little out of date.)
 #
-# It starts empty, grows to M and stays there. Row b of the memory belongs to row b of the batch, so row b of the next
-# segment must be the text that follows.
+# Memory starts empty, grows to mem_len states a layer and stays there. Row b of it belongs to row b of the batch, so row b
+# of the next segment must be the text that follows.
 #
 #     before     [ m m m m m m ]              M = 6 states of the past
 #     segment                   [ h h h h ]   T = 4 new inputs of this layer
@@ -595,7 +599,7 @@ class TransformerXL:
         positions = relative_positions(config, T, M, self.dtype)
         mask = hidden_keys(T, M, mem_len if config.same_length else None)
 
-        # Numbers of size about 1, like everything that is added to them. (The authors drop elements of R as well.)
+        # Numbers of size about 1. (The authors' dropout acts on R as well.)
         h = embedding(self.embedding, tokens) * math.sqrt(config.d_model)          # [B, T, D]
         h = dropout(h, config.dropout, generator)
         new_memory = []
@@ -657,7 +661,7 @@ class Adam:
     """Adam (Kingma and Ba 2015) with decoupled weight decay (Loshchilov and Hutter 2019) and clipping.
 
     m and v (neither memory's M nor attention's v) are running means of the gradient and of its square; m / sqrt(v) is
-    near 1 for a parameter whose gradient keeps its sign and near 0 where it keeps changing, whatever the gradient's scale,
+    near 1 or -1 for a parameter whose gradient stays the same and near 0 where its sign keeps changing, whatever its size,
     so a step is seldom more than lr. Both means start at 0 and so are too small at first: the weights of the gradients in
     them sum to 1 - beta^t after t steps, not to 1. Dividing by that sum (the bias correction) makes them true averages
     from the first step on.
@@ -888,7 +892,7 @@ def generate(model, prompt, length, temperature=1.0, top_k=None, top_p=None, rng
     if prompt.ndim != 1 or prompt.size == 0:
         raise ValueError(f"generate: the prompt must be a non-empty list of tokens, not of shape {list(prompt.shape)}")
     mem_len = min(mem_len, prompt.size + length)            # there will never be more to remember
-    memory = None                                           # read the prompt in segments of the memory's length
+    memory = None                       # the prompt in segments as long as memory: little space, few steps
     for segment in numpy.split(prompt, range(max(1, mem_len), prompt.size, max(1, mem_len))):
         with no_grad():
             logits, memory = model(xp.asarray(segment[None]), memory, mem_len=mem_len)
