@@ -5,8 +5,8 @@ Training a network means knowing the gradient of one number, the loss, with resp
 parameters. The chain rule can be multiplied out from either end. Forwards, from the parameters, it takes one pass for
 every parameter. Backwards, from the loss, it takes one pass in all, because every intermediate result needs only the
 gradient of that one number: an array of its own shape. The pass costs about twice as much as computing the loss (a matrix
-product has two products as its gradients), and the intermediate results must be kept until it comes by. That is
-reverse mode:
+product has two products as its gradients), and intermediate results must be kept until it reaches them. That is reverse
+mode. The file has these parts:
 
     1. the device      which array library computes: NumPy on the CPU, CuPy on a CUDA GPU
     2. the graph       Tensor, what an operation leaves behind for the way back, and backward()
@@ -104,10 +104,10 @@ def shared_zeros(shape, dtype):
 
 
 # %% 2. The graph
-# Every operation makes a Tensor that remembers its operands and, for each operand that needs one, the function that
-# carries a gradient back to it. Each such pair is an edge; the edges are the "tape". A Tensor without edges is a leaf: a
-# parameter, or a constant. Nothing is compiled: the graph is whatever the Python code did. Gradient functions refer to
-# the arrays they need, they do not copy them: changing `.data` in place before backward() falsifies the gradients.
+# Every operation makes a Tensor that remembers the operands that need a gradient and, for each, the function that carries
+# the gradient back to it. Each such pair is an edge; the edges are the "tape". A Tensor without edges is a leaf: a
+# parameter, or a constant. Gradient functions refer to the arrays they need, they do not copy them (nor does Tensor(array)
+# copy): changing an array in place before backward() falsifies the gradients.
 #
 #     x ──┐
 #         ├─ multiply ── y ── sum ── loss          loss.backward() walks the edges from right to left
@@ -123,7 +123,7 @@ class _State(threading.local):
 
 _state = _State()
 _serial = itertools.count()
-_RELEASED = ("released",)   # the edges of a Tensor that backward() has passed; not empty, as those of a leaf are
+_RELEASED = ("released",)   # the edges of a Tensor that backward() has passed (those of a leaf are empty)
 
 
 @contextlib.contextmanager
@@ -185,10 +185,10 @@ class Tensor:
         return Tensor(self.data)
 
     def backward(self, gradient=None):
-        """Add the gradient of every leaf with requires_grad that this value was computed from to the leaf's `.grad`.
+        """Add the gradient with respect to every leaf that requires one to the leaf's `.grad`.
 
-        Of this value, if it is a single number; otherwise of a loss whose gradient with respect to this Tensor is
-        `gradient`, of this shape. The graph is released on the way: a second backward() through it is a RuntimeError.
+        It is the gradient of this value, a single number; or of a loss whose gradient with respect to this Tensor is
+        `gradient`, an array of its shape. The graph is released on the way: a second backward() through it is a RuntimeError.
 
         >>> w, x = Tensor([1.0, 2.0], requires_grad=True), Tensor([3.0, 4.0])
         >>> ((w * x) ** 2).sum().backward()     # the gradient is 2 w x^2
@@ -212,8 +212,9 @@ def stop_gradient(x):
 def leaf_gradients(root, gradient=None):
     """The backward pass: [(leaf, its gradient), …] for every leaf with requires_grad that `root` was computed from.
 
-    It visits results before their operands, so that when a Tensor is reached its gradient g is complete. A result
-    is always younger than its operands: descending order of creation is such an order, without recursion.
+    It visits results before their operands, so that when a Tensor is visited its gradient g is complete. A result is
+    always younger than its operands: descending order of creation is such an order (and needs no recursion, which in
+    Python ends at a depth of a thousand).
     """
     if not root.requires_grad:
         raise RuntimeError("backward: nothing this value was computed from requires a gradient "
@@ -234,7 +235,7 @@ def leaf_gradients(root, gradient=None):
                 reached.add(operand)
                 stack.append(operand)
     order = sorted(reached, key=lambda tensor: tensor._number)
-    del reached
+    del reached                             # so that a Tensor is freed when it has been visited
 
     gradients, leaves = {root: gradient}, []
     while order:
@@ -306,8 +307,8 @@ def _describe(operand):
 def result(data, *edges):
     """The Tensor of an operation's value. `edges` are (operand, function from g to the operand's gradient).
 
-    Only edges to operands that need a gradient are kept: that of a constant is never computed, and arrays that only its
-    gradient function refers to are freed.
+    Only edges to operands that need a gradient are kept: the gradient functions of constants are never called, and arrays
+    that nothing else refers to are freed.
     """
     tensor = Tensor.__new__(Tensor)         # without the checks of __init__: this runs for every operation
     tensor.data = data if data.ndim else xp.asarray(data)
@@ -335,8 +336,8 @@ def once(function):
 def arrays(*operands):
     """The operands' values, ready to be combined without changing the dtype of the floating-point ones.
 
-    Numbers take the dtype of the array beside them, and so do integer arrays beside a floating-point one. Lists become
-    arrays. float32 beside float64 is a TypeError.
+    Numbers take the dtype of a floating-point array beside them, and so do integer arrays. Lists become arrays (of float64,
+    if there are fractions in them). float32 beside float64 is a TypeError.
     """
     values = [operand.data if isinstance(operand, Tensor) else operand for operand in operands]
     dtypes = [getattr(value, "dtype", None) for value in values]
@@ -429,9 +430,9 @@ def tanh(a):
 
 @op
 def sigmoid(a):
-    """1 / (1 + exp(-x)), as (1 + tanh(x / 2)) / 2, which does not overflow."""
+    """1 / (1 + exp(-x)), as exp(-log(1 + exp(-x))) with a logarithm that does not overflow."""
     x, = arrays(a)
-    y = (1 + xp.tanh(x / 2)) / 2
+    y = xp.exp(-xp.logaddexp(xp.zeros_like(x), -x))
     return result(y, (a, lambda g: g * y * (1 - y)))
 
 
@@ -519,6 +520,8 @@ def concatenate(tensors, axis=0):
 def pad(a, widths):
     """Zeros around a; `widths` is ((before, after), …), one pair for each axis."""
     x, = arrays(a)
+    if len(widths) != x.ndim:
+        raise ValueError(f"{len(widths)} pairs of widths for {x.ndim} axes")
     inside = tuple(slice(before, before + length) for (before, _), length in zip(widths, x.shape))
     return result(xp.pad(x, widths), (a, lambda g: g[inside]))
 
@@ -531,7 +534,7 @@ def astype(a, dtype):
     return result(y, *([(a, lambda g: g.astype(x.dtype))] if y.dtype.kind == "f" else []))
 
 
-# Reductions. Every element that was summed gets the same g. (`sum` and `max` hide Python's own from here on.)
+# Reductions. All elements of a sum get its g. (`sum` and `max` hide Python's own from here on.)
 
 def _spread(g, shape, axis, keepdims):
     """g of a reduction over `axis`, repeated along the reduced axes: an array (a view) of `shape`."""
@@ -569,30 +572,31 @@ def max(a, axis=None, keepdims=False):
 
 # Matrix products. With Y = X W, Y[i,j] = sum_k X[i,k] W[k,j]:
 #
-#     dL/dX[i,k] = sum_j g[i,j] W[k,j]    dL/dX = g W^T        dL/dW[k,j] = sum_i X[i,k] g[i,j]    dL/dW = X^T g
+#     dL/dX[i,k] = sum_j g[i,j] W[k,j]:  dL/dX = g W^T          dL/dW[k,j] = sum_i X[i,k] g[i,j]:  dL/dW = X^T g
 
 @op
 def matmul(a, b):
     """a @ b as NumPy defines it: matrices, stacks of matrices (leading axes broadcast), vectors."""
-    x, y = arrays(a, b)
-    if not (getattr(x, "ndim", 0) and getattr(y, "ndim", 0)):
+    x, w = arrays(a, b)
+    if not (getattr(x, "ndim", 0) and getattr(w, "ndim", 0)):
         raise ValueError("a number has no matrix product; use *")
     if x.ndim == 1:                                         # a vector on the left is a row, on the right a column
-        return index(matmul(reshape(a, (1, -1)), b), (..., 0) if y.ndim == 1 else (..., 0, slice(None)))
-    if y.ndim == 1:
+        return index(matmul(reshape(a, (1, -1)), b), (..., 0) if w.ndim == 1 else (..., 0, slice(None)))
+    if w.ndim == 1:
         return index(matmul(a, reshape(b, (-1, 1))), (..., 0))
-    if y.ndim == 2 and x.shape[-1] == y.shape[0]:
+    if w.ndim == 2 and x.shape[-1] == w.shape[0]:
         # One matrix for the whole stack: all rows in a single large product, much faster than many small ones.
-        rows, (n, m) = math.prod(x.shape[:-1]), y.shape
+        rows, (n, m) = math.prod(x.shape[:-1]), w.shape
         flat = x.reshape(rows, n)
-        return result((flat @ y).reshape(x.shape[:-1] + (m,)),
-                      (a, lambda g: (g.reshape(rows, m) @ y.T).reshape(x.shape)),
+        return result((flat @ w).reshape(x.shape[:-1] + (m,)),
+                      (a, lambda g: (g.reshape(rows, m) @ w.T).reshape(x.shape)),
                       (b, lambda g: flat.T @ g.reshape(rows, m)))
+
     def gradient_of_b(g):
-        if y.strides[-2] < y.strides[-1]:       # b is a transposed view; so is its gradient, ready to be transposed back
+        if w.strides[-2] < w.strides[-1]:       # b is a transposed view; so is its gradient, ready to be transposed back
             return (g.swapaxes(-1, -2) @ x).swapaxes(-1, -2)
         return x.swapaxes(-1, -2) @ g
-    return result(x @ y, (a, lambda g: g @ y.swapaxes(-1, -2)), (b, gradient_of_b))
+    return result(x @ w, (a, lambda g: g @ w.swapaxes(-1, -2)), (b, gradient_of_b))
 
 
 def join_norm(gain, shift, w, b):
@@ -604,20 +608,21 @@ def join_norm(gain, shift, w, b):
 def linear(a, weight, bias, gain=None, shift=None, before=None):
     """(a * gain + shift) @ weight + bias for a [..., n], gain and shift [n] (or neither), weight [n, m], bias [m].
 
-    gain and shift are those of a layer normalisation (below) that comes before: they multiply every row by the same
-    numbers, so they can join the weights instead, a small matrix. With W' = diag(gain) W and b' = shift W + b, and with
-    d_W' = a^T g and d_b' = the sum of g's rows, as for any product:
+    gain and shift are those of a layer normalisation (below) that comes before. They are the same for all rows, so they can
+    be applied to the weights, a small matrix, instead: a W' + b' with W' = diag(gain) W and b' = shift W + b. With d_x
+    for dL/dx, d_W' = a^T g and d_b' = the sum of g's rows, as for any product, so that
 
         d_a = g W'^T     d_b = d_b'     d_W = diag(gain) d_W' + shift^T d_b'
-        d_gain[i] = sum_j d_W'[i,j] W[i,j]     d_shift = W d_b'
+        d_gain[i] = sum_j d_W'[i,j] W[i,j]     d_shift = d_b' W^T
 
-    before   constants [B, M, n] put in front of a [B, T, n], like Transformer-XL's memory: the result [B, M + T, m] has
-             rows for them, they have no gradient
+    before   an array [B, M, n], of a's dtype, put in front of a [B, T, n] (Transformer-XL's memory): the result
+             [B, M + T, m] has rows for it, it has no gradient
     """
     x, w, b = arrays(a, weight, bias)
     shape, first = x.shape, 0
     if before is not None:
-        arrays(x, before)                   # for their dtypes
+        if before.dtype != x.dtype:
+            raise TypeError(f"{before.dtype} in front of {x.dtype}; convert one of them with astype")
         x, first = xp.concatenate([before, x], axis=1), before.shape[1]
     rows, (n, m) = math.prod(x.shape[:-1]), w.shape
     flat, scaled = x.reshape(rows, n), w
@@ -720,7 +725,7 @@ def log_softmax(a):
 def cross_entropy(logits, targets):
     """Mean over all positions of -log softmax(logits)[target], in nats.
 
-    logits [..., V], integer targets [...]. log_softmax's g is, of N positions, -1/N at the target and 0 elsewhere, so the
+    logits [..., V], integer targets [...]. Of N positions, log_softmax's g is -1/N at each target and 0 elsewhere, so the
     gradient of the mean is (softmax(logits) - onehot(target)) / N: what the model believes, minus what was true.
 
     >>> logits = Tensor([[0.0, 0.0, 0.0, 0.0]], requires_grad=True)
@@ -805,15 +810,15 @@ Tensor.__matmul__, Tensor.__rmatmul__ = matmul, lambda self, other: matmul(other
 Tensor.__neg__, Tensor.__getitem__ = negative, index
 Tensor.sum, Tensor.mean, Tensor.max, Tensor.swapaxes, Tensor.astype = sum, mean, max, swapaxes, astype
 Tensor.reshape = lambda self, *shape: reshape(self, shape[0] if isinstance(shape[0], (tuple, list)) else shape)
-Tensor.transpose = lambda self, *axes: transpose(self, axes or None)
+Tensor.transpose = lambda self, *axes: transpose(self, axes[0] if axes and isinstance(axes[0], tuple) else axes or None)
 Tensor.T = property(transpose)
 
 
 # %% 5. The proof
 # A derivative is a limit, and the limit can be tried: (f(x + eps) - f(x - eps)) / (2 eps) differs from f'(x) by
 # eps^2 f'''/6 and by rounding, about 1e-16 |f| / eps. In float64 with eps = 1e-5 both are near 1e-11 where f and f''' are
-# near 1, so a wrong sign, factor or index shows. In float32 rounding alone is 6e-8 / 1e-5 = 6e-3 and would hide it:
-# float32 is refused. (Where f has a kink, like relu at 0, there is no derivative to agree on; random inputs miss those.)
+# near 1, so even a small mistake shows. In float32 rounding alone is 6e-8 / 1e-5 = 6e-3 and would hide it: float32 is
+# refused. (Where f has a kink, like relu at 0, there is no derivative to agree on; random inputs miss those.)
 
 class GradientError(AssertionError):
     """backward() and finite differences disagree."""
@@ -868,7 +873,8 @@ def check_gradients(f, inputs, eps=1e-5, rtol=1e-6, atol=1e-7, samples=None, see
             difference = abs(numeric - analytic)
             largest = difference if difference > largest else largest
             excess = difference - (atol + rtol * abs(numeric))
-            if not excess <= 0 and (worst is None or not excess <= worst[0]):      # "not <=" catches NaN too
+            excess = excess if excess == excess else math.inf                      # NaN is the worst
+            if excess > 0 and (worst is None or excess > worst[0]):
                 worst = excess, name, place, analytic, numeric
     if worst is not None:
         _, name, place, analytic, numeric = worst

@@ -23,7 +23,7 @@ def test_results_are_numpys():
                            (y ** x, b ** a), (x @ y, a @ b), (x @ x, a @ a), (-x, -a), (2 - x, 2 - a), (1 / x, 1 / a),
                            (x ** 2, a ** 2), (2 ** x, 2 ** a), (x[0], a[0]), (x[:, 1], a[:, 1]), (x.T, a.T),
                            (x.sum(), a.sum()), (x.mean(axis=0), a.mean(axis=0)), (x.max(axis=-1), a.max(axis=-1)),
-                           (x.reshape(4), a.reshape(4)), (x.swapaxes(0, 1), a.T), (autograd.relu(x), numpy.maximum(a, 0)),
+                           (x.reshape(4), a.reshape(4)), (x.transpose((1, 0)), a.T), (x.swapaxes(0, 1), a.T), (autograd.relu(x), numpy.maximum(a, 0)),
                            (autograd.sigmoid(x), 1 / (1 + numpy.exp(-a))), (autograd.log(y), numpy.log(b)),
                            (autograd.softmax(x), numpy.exp(a) / numpy.exp(a).sum(-1, keepdims=True))]:
         numpy.testing.assert_allclose(ours.numpy(), expected, rtol=1e-12)
@@ -248,6 +248,11 @@ def test_a_gradient_nobody_wants_is_not_computed():
     assert called == []
 
 
+def test_sigmoid_keeps_its_digits_far_below_zero():
+    y = autograd.sigmoid(Tensor(xp.asarray([-30.0, -80.0, 80.0], dtype=numpy.float32)))
+    numpy.testing.assert_allclose(y.numpy(), numpy.exp([-30.0, -80.0, 0.0]), rtol=1e-5)
+
+
 # %% Errors
 
 def test_backward_of_a_non_scalar_needs_a_gradient_of_its_shape():
@@ -282,6 +287,9 @@ def test_backward_without_anything_to_differentiate():
      lambda: autograd.cross_entropy(leaf(numpy.ones((2, 3))), xp.asarray([0, 1, 2]))),
     (ValueError, r"layer_norm\(float64\[2, 3\], float64\[2\], float64\[2\]\)",
      lambda: autograd.layer_norm(leaf(numpy.ones((2, 3))), leaf([1, 1]), leaf([0, 0]))),
+    (ValueError, r"pad\(float64\[2, 1\].*1 pairs of widths for 2 axes", lambda: autograd.pad(leaf([[1], [2]]), [(1, 1)])),
+    (TypeError, r"linear\(float64\[1, 2, 1\].*float32 in front of float64", lambda: autograd.linear(
+        leaf([[[1], [2]]]), leaf([[1]]), leaf([0]), before=xp.zeros((1, 3, 1), dtype=numpy.float32))),
     (ValueError, r"dropout\(float64\[2\].*p must be in \[0, 1\)", lambda: autograd.dropout(leaf([1, 2]), 1.0, None)),
 ], ids=lambda value: value if isinstance(value, str) else "")
 def test_an_error_names_the_operation_and_the_shapes(error, message, compute):
