@@ -685,6 +685,8 @@ def row_sums(x):
 
 def row_dots(x, y):
     """sum_j x[..., j] y[..., j], without an array for the products; the last axis stays with size 1."""
+    if xp.module is not numpy:              # einsum is a product of matrices to CuPy: here many, with one row and one column
+        return (x * y).sum(axis=-1, keepdims=True)
     return xp.einsum("...j,...j->...", x, y)[..., None]
 
 

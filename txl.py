@@ -445,14 +445,15 @@ def attend(q, kv, r, u, v, hidden):
             d_score -= g_dot_o[block]
             d_score *= E
             for d_x, scores, x in ((d_values, E, g), (d_keys, d_score, content)):
+                # E^T x as (x^T E)^T: to transpose is to copy for CuPy, and E is much larger than x.
                 if n.stop >= T:
-                    xp.matmul(scores.swapaxes(-1, -2), x[block], out=d_x[i, j])
+                    xp.matmul(x[block].swapaxes(-1, -2), scores, out=d_x[i, j].swapaxes(-1, -2))
                 else:
-                    d_x[i, j, seen] += scores.swapaxes(-1, -2) @ x[block]
+                    d_x[i, j, seen] += (x[block].swapaxes(-1, -2) @ scores).swapaxes(-1, -2)
             xp.matmul(d_score, keys[i, j, seen], out=heads(d_content)[block])
             d_score = rows(_shift_back(d_score))
             heads(d_position)[block] = (d_score @ distances[i, K - seen.stop:]).reshape(g[block].shape)
-            d_r[i, K - seen.stop:] += d_score.swapaxes(-1, -2) @ rows(position[block])
+            d_r[i, K - seen.stop:] += (rows(position[block]).swapaxes(-1, -2) @ d_score).swapaxes(-1, -2)
         all_queries = xp.full(B * T, scale, dtype=Q.dtype)                         # a product with it is a sum, scaled
         d_u, d_v = ((all_queries @ x.reshape(B * T, D)).reshape(H, d) for x in (d_content, d_position))
         d_content += d_position
