@@ -480,7 +480,7 @@ def evaluate(model, tokens, batch_size, seq_len, mem_len, threads, stopped=lambd
     The text is read as up to batch_size contiguous streams, each from an empty memory. None if stopped() says so.
     """
     n = len(tokens) - 1
-    batch_size = max(1, min(batch_size, n // (8 * (seq_len + mem_len))))     # streams long enough to fill their memory
+    batch_size = max(1, min(batch_size, n // (8 * (seq_len + mem_len))))     # long streams: few tokens without full memory
     length = -(-n // batch_size)
     padded = numpy.concatenate([tokens, numpy.zeros(batch_size * length - n, dtype=tokens.dtype)])
     inputs, targets = (padded[i:i + batch_size * length].reshape(batch_size, length) for i in (0, 1))
@@ -499,6 +499,7 @@ def evaluate(model, tokens, batch_size, seq_len, mem_len, threads, stopped=lambd
                 nats = nats - (log_p * count[:, at:at + seq_len]).sum(dtype=numpy.float64)
         return nats
 
+    # Workers of its own, also while training has some: forked now, they have the weights of now.
     with Workers(row_parts(batch_size, threads), [total]) as workers:
         nats = [float(part) for part in workers(total)]
     return None if stopped() else math.fsum(nats) / n
@@ -851,6 +852,7 @@ def train(args):
     since, since_step = began, step
     with Workers(range(len(parts)), [forward_backward, memory_of, adam.add_up, adam.update]) as workers:
         while not stop:
+            # First what is due after the step before, so that a run stopped there begins with it when it is resumed.
             due = step > 0 and (step % settings["eval_every"] == 0 or step == steps)
             if (due or step > 0 and step % settings["log_every"] == 0) and not (log and log[-1][0] == step):
                 check_finite()
