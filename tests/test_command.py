@@ -128,7 +128,7 @@ def test_an_interrupted_run_resumed_ends_with_the_bits_of_an_uninterrupted_one(f
     assert process.wait(timeout=20) == 130 and "--resume continues" in rest
     stopped = json.loads(arrays(folder / name / "checkpoint.npz")["meta"].item())["step"]
     assert 15 <= stopped < 60
-    run(folder, "--data", "text", "--out", name, "--resume")
+    run(folder, "--data", "text", "--out", name, "--resume", "--threads", "2")
     whole, resumed = (arrays(folder / path / "checkpoint.npz") for path in (name + "-whole", name))
     metas = [json.loads(state.pop("meta").item()) for state in (whole, resumed)]
     assert whole.keys() == resumed.keys()
