@@ -9,9 +9,9 @@ at a time mends the second when evaluating, at the price of computing everything
 
 (Attention, for whom it is new: each token's state is multiplied by three learned matrices to give a query, what it
 looks for, a key, what it offers, and a value, what it passes on. A query's dot products with all keys up to its own are
-its scores; divided by sqrt(d), so that they stay near 1 however many numbers d a key has, and put through a softmax they
-become weights; the token receives the values in these proportions, through a fourth matrix. Several heads do this side by
-side, each with its share of the width. A layer is attention followed by a small network for each token alone.)
+its scores. They are divided by sqrt(d), because the dot product of d numbers of size 1 is of that size, and a softmax of
+large scores is all but a choice of one key. The softmax makes them weights; the token receives the values in these
+proportions, through a fourth matrix. Several heads do this side by side, each with its share of the width. A layer is attention followed by a small network for each token alone.)
 
 The answer. Keep what entered each layer for the previous segment (the embeddings for layer 1, layer 1's output for
 layer 2, …), and let the same layer attend to it in the next segment. With T = 4 tokens and a memory of M = 4 states:
@@ -30,8 +30,8 @@ still computed only once. The cost: attention over M + T keys instead of T, M st
 read in the order of the text, and no learning of what would be good to keep.
 
 It needs one change to the Transformer: positions must be *relative*. Absolute positions, 0 … T-1 in each segment, are
-added to the embeddings and so are part of every state: those in memory would claim the same places as those of the
-segment, and attention could not tell them apart. (Counting on through the text instead would soon reach numbers never seen
+added to the embeddings and so are part of every state for good: those in memory would claim the same places as those of
+the segment, attention could not tell them apart, and a stored state cannot be renumbered. (Counting on through the text instead would soon reach numbers never seen
 in training.) How far back a key lies from a query, in contrast, does not depend on where the text was cut.
 
 Reading order: 1. the configuration   2. positions, and the relative shift   3. relative attention
