@@ -11,7 +11,8 @@ at a time mends the second when evaluating, at the price of computing everything
 looks for, a key, what it offers, and a value, what it passes on. A query's dot products with all keys up to its own are
 its scores. They are divided by sqrt(d), because the dot product of d numbers of size 1 is of that size, and a softmax of
 large scores is all but a choice of one key. The softmax makes them weights; the token receives the values in these
-proportions, through a fourth matrix. Several heads do this side by side, each with its share of the width. A layer is attention followed by a small network for each token alone.)
+proportions, through a fourth matrix. Several heads do this side by side, each with its share of the width. A layer is
+attention followed by a small network for each token alone.)
 
 The answer. Keep what entered each layer for the previous segment (the embeddings for layer 1, layer 1's output for
 layer 2, …), and let the same layer attend to it in the next segment. With T = 4 tokens and a memory of M = 4 states:
