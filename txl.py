@@ -32,8 +32,9 @@ read in the order of the text, and no learning of what would be good to keep.
 
 It needs one change to the Transformer: positions must be *relative*. Absolute positions, 0 … T-1 in each segment, are
 added to the embeddings and so are part of every state for good: those in memory would claim the same places as those of
-the segment, attention could not tell them apart, and a stored state cannot be renumbered. (Counting on through the text instead would soon reach numbers never seen
-in training.) How far back a key lies from a query, in contrast, does not depend on where the text was cut.
+the segment, attention could not tell them apart, and a stored state cannot be renumbered.
+(Counting on through the text instead would soon reach numbers never seen in training.) How far back a key lies from a
+query, in contrast, does not depend on where the text was cut.
 
 Reading order: 1. the configuration   2. positions, and the relative shift   3. relative attention
                4. the same attention, faster   5. the layer   6. memory   7. the model
