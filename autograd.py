@@ -319,18 +319,18 @@ def result(data, *edges):
     return tensor
 
 
-def once(function):
-    """`function` of g, computed at the first call only: for what the gradients of several operands have in common.
+def jointly(function, *operands):
+    """The edges to operands whose gradients have much in common: `function` of g gives them all, a tuple, in one call.
 
     (A graph is walked backwards once, so there is one g.)
     """
-    values = []
+    gradients = []
 
-    def shared(g):
-        if not values:
-            values.append(function(g))
-        return values[0]
-    return shared
+    def gradient(i, g):
+        if not gradients:
+            gradients.append(function(g))
+        return gradients[0][i]
+    return [(operand, functools.partial(gradient, i)) for i, operand in enumerate(operands)]
 
 
 def arrays(*operands):
@@ -635,7 +635,6 @@ def linear(a, weight, bias, gain=None, shift=None, before=None):
     def of_a(g):
         return ((g[:, first:] if first else g).reshape(math.prod(shape[:-1]), m) @ scaled.T).reshape(shape)
 
-    @once
     def of_parameters(g):
         g = g.reshape(rows, m)
         d_w, d_b = flat.T @ g, xp.ones(rows, dtype=w.dtype) @ g
@@ -645,8 +644,7 @@ def linear(a, weight, bias, gain=None, shift=None, before=None):
         d_w *= gain_row[:, None]            # d_W' until here, d_W from here on
         d_w += shift_row[:, None] * d_b
         return d_w, d_b, d_gain, w @ d_b
-    return result(y.reshape(x.shape[:-1] + (m,)), (a, of_a), *(
-        (operand, lambda g, i=i: of_parameters(g)[i]) for i, operand in enumerate((weight, bias, gain, shift))))
+    return result(y.reshape(x.shape[:-1] + (m,)), (a, of_a), *jointly(of_parameters, weight, bias, gain, shift))
 
 
 @op
@@ -685,7 +683,7 @@ def row_sums(x):
 
 def row_dots(x, y):
     """sum_j x[..., j] y[..., j], without an array for the products; the last axis stays with size 1."""
-    if xp.module is not numpy:              # einsum is a product of matrices to CuPy: here many, with one row and one column
+    if hasattr(xp.module, "cuda"):          # einsum is a product of matrices to CuPy: here many, with one row and one column
         return (x * y).sum(axis=-1, keepdims=True)
     return xp.einsum("...j,...j->...", x, y)[..., None]
 

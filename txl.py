@@ -51,17 +51,17 @@ be read once more in the next, is left out; so are the adaptive softmax and embe
 
 From autograd.py: `xp` is NumPy or CuPy. A Tensor is an array with a gradient; `.data` is the array. `@op` marks an operation,
 `arrays(…)` are its operands' arrays, and `result(y, (x, f))` is the Tensor of its value y, whose gradient g goes on to x as
-f(g); `once` computes what several gradients share. `linear(x, W, b, gain, shift, before=m)` is ([m, x] gain + shift) W + b,
-with m in front of x along time. `normalise` is layer normalisation without gain and shift. `row_sums` and `row_dots` sum over
-the last axis: one array, or the product of two.
+f(g); `jointly` lists the pairs (x, f) of several x whose gradients one function computes. `linear(x, W, b, gain, shift,
+before=m)` is ([m, x] gain + shift) W + b, with m in front of x along time. `normalise` is layer normalisation without gain and
+shift. `row_sums` and `row_dots` sum over the last axis: one array, or the product of two.
 """
 import dataclasses
 import math
 
 import numpy
 
-from autograd import (Tensor, arrays, cross_entropy, dropout, embedding, join_norm, layer_norm, linear, no_grad, normalise,
-                      once, op, relu, result, row_dots, row_sums, shared_zeros, softmax, stop_gradient, to_numpy, xp)
+from autograd import (Tensor, arrays, cross_entropy, dropout, embedding, join_norm, jointly, layer_norm, linear, no_grad,
+                      normalise, op, relu, result, row_dots, row_sums, shared_zeros, softmax, stop_gradient, to_numpy, xp)
 
 
 # %% 1. The configuration
@@ -433,7 +433,6 @@ def attend(q, kv, r, u, v, hidden):
     inverse_z = 1 / z
     heads(o)[...] *= inverse_z
 
-    @once
     def gradients(g):
         content, position = queries()
         g = heads(g) * inverse_z                                                   # g / z   [H, B, T, d]
@@ -461,7 +460,7 @@ def attend(q, kv, r, u, v, hidden):
         d_content += d_position
         d_content *= scale
         return d_content, d_kv, d_r.transpose(1, 0, 2).reshape(K, D), d_u, d_v
-    return result(o, *((x, lambda g, i=i: gradients(g)[i]) for i, x in enumerate((q, kv, r, u, v))))
+    return result(o, *jointly(gradients, q, kv, r, u, v))
 
 
 # %% 5. The layer
