@@ -2,11 +2,11 @@
 """A reverse-mode autograd in one file.
 
 Training a network means knowing the gradient of one number, the loss, with respect to a million numbers, the
-parameters. The chain rule can be multiplied out from either end. Forwards, from the parameters, it takes one pass for
-every parameter. Backwards, from the loss, it takes one pass in all, because every intermediate result needs only the
-gradient of that one number: an array of its own shape. The pass costs about twice as much as computing the loss (a matrix
-product has two products as its gradients), and intermediate results must be kept until it reaches them. That is reverse
-mode. The file has these parts:
+parameters. The chain rule can be multiplied out from either end. Forwards it takes one pass for every parameter, because a
+pass follows the influence of one. Backwards, from the loss, it takes one pass in all, because every intermediate result needs
+only the gradient of that one number: an array of its own shape. That pass costs about twice as much as computing the loss,
+since a matrix product has two products as its gradients, and intermediate results must be kept until it reaches them. That
+is reverse mode. The file has these parts:
 
     1. the device      which array library computes: NumPy on the CPU, CuPy on a CUDA GPU
     2. the graph       Tensor, what an operation leaves behind for the way back, and backward()
@@ -23,6 +23,7 @@ an operation's *gradient function* maps g to the gradient with respect to one op
 import builtins
 import contextlib
 import functools
+import heapq
 import itertools
 import math
 import mmap
@@ -56,7 +57,7 @@ class DeviceError(RuntimeError):
 def use_device(name, tf32=False):
     """Compute on "cpu" (NumPy) or "gpu" (CuPy) from now on. Arrays made before stay where they are.
 
-    tf32   let the GPU round the factors of float32 products to 10 bits, which is faster; only the first use of "gpu" heeds it
+    tf32   let the GPU round the factors of float32 products to 10 bits, which is faster (settled by the first use of "gpu")
 
     Raises DeviceError when CuPy or a CUDA device is missing, ValueError for any other name.
     """
@@ -105,9 +106,9 @@ def shared_zeros(shape, dtype):
 
 # %% 2. The graph
 # Every operation makes a Tensor that remembers the operands that need a gradient and, for each, the function that carries
-# the gradient back to it. Each such pair is an edge; the edges are the "tape". A Tensor without edges is a leaf: a
-# parameter, or a constant. Gradient functions refer to the arrays they need, they do not copy them (nor does Tensor(array)
-# copy): changing an array in place before backward() falsifies the gradients.
+# the gradient back to it. Each such pair is an edge; together the edges are what is often called the tape. A Tensor without
+# edges is a leaf: a parameter, or a constant. Gradient functions refer to the arrays they need, they do not copy them (nor
+# does Tensor(array) copy): changing an array in place before backward() falsifies the gradients.
 #
 #     x ──┐
 #         ├─ multiply ── y ── sum ── loss          loss.backward() walks the edges from right to left
@@ -187,8 +188,9 @@ class Tensor:
     def backward(self, gradient=None):
         """Add the gradient with respect to every leaf that requires one to the leaf's `.grad`.
 
-        It is the gradient of this value, a single number; or of a loss whose gradient with respect to this Tensor is
-        `gradient`, an array of its shape. The graph is released on the way: a second backward() through it is a RuntimeError.
+        Without `gradient` this Tensor is the loss, a single number. Otherwise `gradient` is that of some loss with respect
+        to this Tensor, an array of its shape. The graph is released on the way: a second backward() through it is a
+        RuntimeError.
 
         >>> w, x = Tensor([1.0, 2.0], requires_grad=True), Tensor([3.0, 4.0])
         >>> ((w * x) ** 2).sum().backward()     # the gradient is 2 w x^2
@@ -213,42 +215,35 @@ def leaf_gradients(root, gradient=None):
     """The backward pass: [(leaf, its gradient), …] for every leaf with requires_grad that `root` was computed from.
 
     It visits results before their operands, so that when a Tensor is visited its gradient g is complete. A result is
-    always younger than its operands: descending order of creation is such an order (and needs no recursion, which in
-    Python ends at a depth of a thousand).
+    always younger than its operands: always to visit the youngest of those reached is such an order (and needs no recursion,
+    which in Python ends at a depth of a thousand).
     """
     if not root.requires_grad:
         raise RuntimeError("backward: nothing this value was computed from requires a gradient "
                            "(or it was computed inside no_grad())")
     if gradient is None and root.size != 1:
-        raise ValueError(f"backward: the result has shape {list(root.shape)}; only a single number can do without a gradient")
+        raise ValueError(f"backward: this has shape {list(root.shape)}; give its gradient, or call it on a single number")
     gradient = xp.ones_like(root.data) if gradient is None else xp.asarray(gradient, dtype=root.dtype)
     if gradient.shape != root.shape:
         raise ValueError(f"backward: gradient of shape {list(gradient.shape)} for a result of shape {list(root.shape)}")
 
-    reached, stack = {root}, [root]
-    while stack:
-        tensor = stack.pop()
+    gradients, reached, leaves = {root: gradient}, [(-root._number, root)], []      # reached: a heap, the youngest first
+    while reached:
+        _, tensor = heapq.heappop(reached)
+        g = gradients.pop(tensor)
         if tensor._edges is _RELEASED:
             raise RuntimeError("backward: this graph was released by an earlier backward(); compute the value again")
-        for operand, _ in tensor._edges:
-            if operand not in reached:
-                reached.add(operand)
-                stack.append(operand)
-    order = sorted(reached, key=lambda tensor: tensor._number)
-    del reached                             # so that a Tensor is freed when it has been visited
-
-    gradients, leaves = {root: gradient}, []
-    while order:
-        tensor = order.pop()
-        g = gradients.pop(tensor)
         if not tensor._edges:
             leaves.append((tensor, g))
-            continue
         for operand, gradient_function in tensor._edges:
             part = unbroadcast(gradient_function(g), operand.shape)
-            # Not +=: a gradient function may return g itself, or a view of it.
-            gradients[operand] = gradients[operand] + part if operand in gradients else part
-        tensor._edges = _RELEASED       # frees what the gradient functions held on to
+            if operand in gradients:        # not +=: add, for one, gives the same array g to both operands
+                gradients[operand] = gradients[operand] + part
+            else:
+                gradients[operand] = part
+                heapq.heappush(reached, (-operand._number, operand))
+        if tensor._edges:
+            tensor._edges = _RELEASED       # frees what the gradient functions held on to
     return leaves
 
 
@@ -262,8 +257,8 @@ def unbroadcast(g, shape):
     """Sum g over the axes along which broadcasting repeated an operand of `shape`.
 
     Broadcasting uses one element several times; its gradient is the sum over all its uses. [2, 3] + [3] adds the
-    same vector to both rows, so the vector's gradient is g summed over the rows. Every gradient function below may
-    return a gradient of the broadcast shape: `leaf_gradients` calls this one function for all of them.
+    same vector to both rows, so the vector's gradient is g summed over the rows. Gradient functions leave this to
+    `leaf_gradients`.
 
     >>> unbroadcast(numpy.array([[1, 2, 3], [10, 20, 30]]), (3,)).tolist()
     [11, 22, 33]
@@ -278,7 +273,7 @@ def unbroadcast(g, shape):
 
 
 # %% 3. The operations
-# First what they share: the table of all operations, their results, and which operands go together.
+# First what they share: the table of all operations, their results, and which dtypes go together.
 
 OPS = {}        # name -> operation; the tests read it so that none goes unchecked
 
@@ -307,8 +302,8 @@ def _describe(operand):
 def result(data, *edges):
     """The Tensor of an operation's value. `edges` are (operand, function from g to the operand's gradient).
 
-    Only edges to operands that need a gradient are kept: the gradient functions of constants are never called, and arrays
-    that nothing else refers to are freed.
+    Only edges to operands that need a gradient are kept: the gradient functions of constants are never called, and the
+    arrays that only they needed are freed.
     """
     tensor = Tensor.__new__(Tensor)         # without the checks of __init__: this runs for every operation
     tensor.data = data if data.ndim else xp.asarray(data)
@@ -322,7 +317,7 @@ def result(data, *edges):
 def jointly(function, *operands):
     """The edges to operands whose gradients have much in common: `function` of g gives them all, a tuple, in one call.
 
-    (A graph is walked backwards once, so there is one g.)
+    (All edges of a result get the same g, once.)
     """
     gradients = []
 
@@ -333,13 +328,17 @@ def jointly(function, *operands):
     return [(operand, functools.partial(gradient, i)) for i, operand in enumerate(operands)]
 
 
+def value_of(operand):
+    return operand.data if isinstance(operand, Tensor) else operand
+
+
 def arrays(*operands):
     """The operands' values, ready to be combined without changing the dtype of the floating-point ones.
 
-    Numbers take the dtype of a floating-point array beside them, and so do integer arrays. Lists become arrays (of float64,
-    if there are fractions in them). float32 beside float64 is a TypeError.
+    Numbers and integer arrays take the dtype of a floating-point array beside them. Lists become arrays (of float64, if there
+    are fractions in them). float32 beside float64 is a TypeError.
     """
-    values = [operand.data if isinstance(operand, Tensor) else operand for operand in operands]
+    values = [value_of(operand) for operand in operands]
     dtypes = [getattr(value, "dtype", None) for value in values]
     if dtypes[0] is not None and all([dtype is dtypes[0] for dtype in dtypes]):
         return values                       # the usual case
@@ -387,7 +386,7 @@ def divide(a, b):
 
 @op
 def power(a, b):
-    """a ** b. d/da = b a^(b-1), at b = 0: 0, also where a = 0. d/db = a^b log a, at a = 0 with b > 0: 0."""
+    """a ** b. d/da = b a^(b-1), which is 0 at b = 0 even where a = 0. d/db = a^b log a, which is 0 at a = 0 (with b > 0)."""
     x, y = arrays(a, b)
     x = x if hasattr(x, "dtype") else xp.full((), x, dtype=xp.result_type(x, y))
     z = x ** y
@@ -459,8 +458,7 @@ def gelu(a):
 @op
 def where(condition, a, b):
     """a where `condition` (boolean array) holds, else b."""
-    condition = condition.data if isinstance(condition, Tensor) else condition
-    condition = (condition if hasattr(condition, "dtype") else xp.asarray(condition)).astype(bool, copy=False)
+    condition = xp.asarray(value_of(condition)).astype(bool, copy=False)
     x, y = arrays(a, b)
     return result(xp.where(condition, x, y), (a, lambda g: g * condition), (b, lambda g: g * ~condition))
 
@@ -475,8 +473,8 @@ def reshape(a, shape):
 def transpose(a, axes=None):
     """The axes in the order `axes`, reversed if it is None. Back: the inverse permutation."""
     x, = arrays(a)
-    axes = tuple(range(x.ndim))[::-1] if axes is None else tuple(axis % x.ndim for axis in axes)
-    inverse = tuple(axes.index(axis) for axis in range(x.ndim))
+    axes = list(range(x.ndim)[::-1] if axes is None else axes)
+    inverse = numpy.argsort(numpy.arange(x.ndim)[axes]).tolist()            # arange: an axis may count from the end
     return result(x.transpose(axes), (a, lambda g: g.transpose(inverse)))
 
 
@@ -490,7 +488,7 @@ def swapaxes(a, axis1, axis2):
 def index(a, key):
     """a[key]: any of NumPy's indices. An element picked several times by an integer array gets a sum."""
     x, = arrays(a)
-    parts = tuple(part.data if isinstance(part, Tensor) else part for part in (key if isinstance(key, tuple) else (key,)))
+    parts = tuple(map(value_of, key if isinstance(key, tuple) else (key,)))
     distinct = all(part is None or part is Ellipsis or isinstance(part, (int, slice)) for part in parts)
 
     def gradient(g):
@@ -507,13 +505,8 @@ def index(a, key):
 def concatenate(tensors, axis=0):
     xs = arrays(*tensors)
     y = xp.concatenate(xs, axis=axis)
-    ends = list(itertools.accumulate(x.shape[axis] for x in xs))
-
-    def part(end, length):
-        key = [slice(None)] * y.ndim
-        key[axis] = slice(end - length, end)
-        return lambda g: g[tuple(key)]
-    return result(y, *((t, part(end, x.shape[axis])) for t, x, end in zip(tensors, xs, ends)))
+    starts = list(itertools.accumulate(x.shape[axis] for x in xs))[:-1]         # of all but the first
+    return result(y, *jointly(lambda g: xp.split(g, starts, axis=axis), *tensors))
 
 
 @op
@@ -534,7 +527,7 @@ def astype(a, dtype):
     return result(y, *([(a, lambda g: g.astype(x.dtype))] if y.dtype.kind == "f" else []))
 
 
-# Reductions. All elements of a sum get its g. (`sum` and `max` hide Python's own from here on.)
+# Reductions. Every element that was summed gets the sum's g. (`sum` and `max` hide Python's own in this file.)
 
 def _spread(g, shape, axis, keepdims):
     """g of a reduction over `axis`, repeated along the reduced axes: an array (a view) of `shape`."""
@@ -567,7 +560,7 @@ def max(a, axis=None, keepdims=False):
     def gradient(g):
         chosen = (x == top).astype(x.dtype)
         return chosen * _spread(g, x.shape, axis, keepdims) / chosen.sum(axis=axis, keepdims=True)
-    return result(x.max(axis=axis, keepdims=keepdims), (a, gradient))
+    return result(top if keepdims else top.squeeze(axis), (a, gradient))
 
 
 # Matrix products. With Y = X W, Y[i,j] = sum_k X[i,k] W[k,j]:
@@ -599,25 +592,22 @@ def matmul(a, b):
     return result(x @ w, (a, lambda g: g @ w.swapaxes(-1, -2)), (b, gradient_of_b))
 
 
-def join_norm(gain, shift, w, b):
-    """A layer normalisation's gain and shift [n] joined to arrays w [n, m], b [m]: (a gain + shift) w + b = a w' + b'."""
-    return gain[:, None] * w, shift @ w + b
-
-
 @op
 def linear(a, weight, bias, gain=None, shift=None, before=None):
     """(a * gain + shift) @ weight + bias for a [..., n], gain and shift [n] (or neither), weight [n, m], bias [m].
 
-    gain and shift are those of a layer normalisation (below) that comes before. They are the same for all rows, so they can
-    be applied to the weights, a small matrix, instead: a W' + b' with W' = diag(gain) W and b' = shift W + b. With d_x
-    for dL/dx, d_W' = a^T g and d_b' = the sum of g's rows, as for any product, so that
+    gain and shift are those of a layer normalisation that comes before. They are the same for all rows, so that the weights,
+    a small matrix, can take them up: a W' + b' with W' = diag(gain) W and b' = shift W + b. With d_x for dL/dx,
+    d_W' = a^T g and d_b' = the sum of g's rows, as for any product, so that
 
         d_a = g W'^T     d_b = d_b'     d_W = diag(gain) d_W' + shift^T d_b'
         d_gain[i] = sum_j d_W'[i,j] W[i,j]     d_shift = d_b' W^T
 
-    before   an array [B, M, n], of a's dtype, put in front of a [B, T, n] (Transformer-XL's memory): the result
-             [B, M + T, m] has rows for it, it has no gradient
+    before   an array [B, M, n], of a's dtype, put in front of a [B, T, n] (Transformer-XL's memory): gain, shift, weight and
+             bias apply to it as well, the result is [B, M + T, m]. It gets no gradient itself, but a in d_W' contains it
     """
+    if (gain is None) != (shift is None):
+        raise ValueError("gain and shift are given together or not at all")
     x, w, b = arrays(a, weight, bias)
     shape, first = x.shape, 0
     if before is not None:
@@ -628,7 +618,7 @@ def linear(a, weight, bias, gain=None, shift=None, before=None):
     flat, scaled = x.reshape(rows, n), w
     if gain is not None:
         _, gain_row, shift_row = arrays(x, gain, shift)
-        scaled, b = join_norm(gain_row, shift_row, w, b)
+        scaled, b = gain_row[:, None] * w, shift_row @ w + b
     y = flat @ scaled
     y += b
 
@@ -652,20 +642,19 @@ def embedding(table, ids):
     """Rows of `table` [V, D] picked by integer `ids` [...]: [..., D]. A row picked n times gets the sum of n gradients.
 
     Picking rows is a product with a matrix of zeros and ones, a row for each id, so the gradient is its transpose times
-    g. For a small table that product is several times faster than adding row after row, which is what a large one gets.
+    g. For a small table that product is several times faster than adding row after row, as `index` does for a large one.
     """
     x, = arrays(table)
-    ids = ids.data if isinstance(ids, Tensor) else xp.asarray(ids)
+    ids = xp.asarray(value_of(ids))
     if ids.dtype.kind not in "iu":
         raise TypeError(f"ids must be integers, not {ids.dtype}")
     if x.ndim != 2 or x.shape[0] > 512:
         return index(table, ids)
-    y, V = x[ids], x.shape[0]
 
     def gradient(g):
-        transposed = (xp.arange(V)[:, None] == ids.reshape(-1) % V).astype(x.dtype)      # % V: -1 is the last row
-        return transposed @ g.reshape(ids.size, x.shape[1])
-    return result(y, (table, gradient))
+        picked = xp.eye(x.shape[0], dtype=x.dtype)[ids.reshape(-1)]
+        return picked.T @ g.reshape(ids.size, x.shape[1])
+    return result(x[ids], (table, gradient))
 
 
 # The softmax and its relatives. With y = softmax(x), y[i] = exp(x[i]) / sum_j exp(x[j]):
@@ -683,7 +672,7 @@ def row_sums(x):
 
 def row_dots(x, y):
     """sum_j x[..., j] y[..., j], without an array for the products; the last axis stays with size 1."""
-    if hasattr(xp.module, "cuda"):          # einsum is a product of matrices to CuPy: here many, with one row and one column
+    if hasattr(xp.module, "cuda"):          # CuPy's einsum would make many products of matrices with one row and one column
         return (x * y).sum(axis=-1, keepdims=True)
     return xp.einsum("...j,...j->...", x, y)[..., None]
 
@@ -692,7 +681,8 @@ def row_dots(x, y):
 def softmax(a, mask=None):
     """Softmax over the last axis. Where boolean `mask` (broadcast to a) is True the weight is 0, as if x were -infinity.
 
-    A row that is masked everywhere has only zeros (its largest is -infinity and its sum 0: hence the two limits).
+    A row that is masked everywhere has only zeros (the two limits keep its largest, -infinity, from being subtracted, and
+    its sum, 0, from being divided by).
 
     >>> softmax(Tensor([[0.0, math.log(3.0)], [1000.0, 1000.0]])).numpy().round(12).tolist()
     [[0.25, 0.75], [0.5, 0.5]]
@@ -700,7 +690,7 @@ def softmax(a, mask=None):
     x, = arrays(a)
     limits = xp.finfo(x.dtype)
     if mask is not None:
-        x = x + xp.where(mask, -xp.inf, 0.0).astype(x.dtype)
+        x = xp.where(mask, x.dtype.type(-math.inf), x)
     y = x - xp.maximum(x.max(axis=-1, keepdims=True), limits.min)
     xp.exp(y, out=y)
     y /= xp.maximum(row_sums(y), limits.tiny)
@@ -725,8 +715,8 @@ def log_softmax(a):
 def cross_entropy(logits, targets):
     """Mean over all positions of -log softmax(logits)[target], in nats.
 
-    logits [..., V], integer targets [...]. Of N positions, log_softmax's g is -1/N at each target and 0 elsewhere, so the
-    gradient of the mean is (softmax(logits) - onehot(target)) / N: what the model believes, minus what was true.
+    logits [..., V], integer targets [...]. With N positions, the g that reaches log_softmax is -1/N at each target and 0
+    elsewhere, so the gradient is (softmax(logits) - onehot(target)) / N: what the model believes, minus what was true.
 
     >>> logits = Tensor([[0.0, 0.0, 0.0, 0.0]], requires_grad=True)
     >>> loss = cross_entropy(logits, [2])
@@ -735,7 +725,7 @@ def cross_entropy(logits, targets):
     (2.0, [[0.25, 0.25, -0.75, 0.25]])
     """
     x, = arrays(logits)
-    targets = targets.data if isinstance(targets, Tensor) else xp.asarray(targets)
+    targets = xp.asarray(value_of(targets))
     if targets.dtype.kind not in "iu" or targets.shape != x.shape[:-1]:
         raise ValueError(f"targets must be integers of shape {list(x.shape[:-1])}, one for each row of logits")
     rows, columns = xp.arange(targets.size), targets.reshape(-1)
@@ -756,8 +746,8 @@ def cross_entropy(logits, targets):
 #     dz[j]/dx[i] = s (1[i = j] - 1/n) + z[j]/s ds/dx[i] = s (1[i = j] - 1/n - z[j] z[i] / n)
 #     dL/dx[i] = sum_j g[j] dz[j]/dx[i] = s (g[i] - mean(g) - z[i] mean(g z))
 #
-# Shifting or (but for eps) stretching a row leaves z as it is, so the gradient has no part in those two directions. Gain
-# and shift are a multiplication and an addition, with the gradients of those.
+# (A row's x[i] - mean sum to 0.) Shifting or, but for eps, stretching a row leaves z as it is, so the gradient is orthogonal
+# to those two directions. Gain and shift are a multiplication and an addition, with the gradients of those.
 
 @op
 def normalise(a, eps=1e-5):
@@ -794,7 +784,7 @@ def dropout(a, p, generator):
     x, = arrays(a)
     if generator is None or p == 0:
         return a if isinstance(a, Tensor) else Tensor(x)
-    factor = (generator.random(x.shape, dtype=xp.float32) >= p).astype(x.dtype) * (1 / (1 - p))
+    factor = (generator.random(x.shape, dtype=xp.float32) >= p).astype(x.dtype) * float(1 / (1 - p))
     return result(x * factor, (a, lambda g: g * factor))
 
 
@@ -817,7 +807,7 @@ Tensor.T = property(transpose)
 # %% 5. The proof
 # A derivative is a limit, and the limit can be tried: (f(x + eps) - f(x - eps)) / (2 eps) differs from f'(x) by
 # eps^2 f'''/6 and by rounding, about 1e-16 |f| / eps. In float64 with eps = 1e-5 both are near 1e-11 where f and f''' are
-# near 1, so even a small mistake shows. In float32 rounding alone is 6e-8 / 1e-5 = 6e-3 and would hide it: float32 is
+# near 1, so even a small mistake shows. In float32 rounding alone is 6e-8 / 1e-5 = 6e-3 then and would hide it: float32 is
 # refused. (Where f has a kink, like relu at 0, there is no derivative to agree on; random inputs miss those.)
 
 class GradientError(AssertionError):
@@ -871,7 +861,7 @@ def check_gradients(f, inputs, eps=1e-5, rtol=1e-6, atol=1e-7, samples=None, see
             tensor.data[place] = here
             numeric, analytic = (above - below) / (2 * eps), by_backward[place].item()
             difference = abs(numeric - analytic)
-            largest = difference if difference > largest else largest
+            largest = builtins.max(largest, difference)
             excess = difference - (atol + rtol * abs(numeric))
             excess = excess if excess == excess else math.inf                      # NaN is the worst
             if excess > 0 and (worst is None or excess > worst[0]):
@@ -884,7 +874,7 @@ def check_gradients(f, inputs, eps=1e-5, rtol=1e-6, atol=1e-7, samples=None, see
 
 
 # %% 6. A walk through it
-# `python autograd.py` prints this section.
+# `python autograd.py` runs this section.
 
 def walk_through():
     print("1. A gradient by hand and by backward().   loss = sum_i (w_i x_i)^2   d loss/dw_i = 2 w_i x_i^2")

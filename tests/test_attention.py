@@ -104,7 +104,7 @@ def test_attention_is_the_four_terms_as_four_loops(form, T, M, clamp_len):
 def test_attention_in_one_operation_is_attention_step_by_step(T, M, window, queries, scores, monkeypatch):
     """Value and every gradient, whatever the blocks: all at once, few queries, few heads and rows."""
     monkeypatch.setattr(txl, "QUERIES", queries)
-    monkeypatch.setattr(txl, "CACHED_SCORES", scores)
+    monkeypatch.setattr(txl, "SCORES", scores)
     config, rng = txl.Config(5, n_layer=1, n_head=2, d_model=8), RNG(7)
     attention = txl.RelativeMultiHeadAttention(config, rng, numpy.float64)
     q, kv, g = (rng.normal(size=(3, n, width)) for n, width in ((T, 8), (M + T, 16), (T, 8)))

@@ -35,6 +35,18 @@ def test_a_checkpoint_cannot_declare_a_model_larger_than_itself(field, value, tm
         fuzz.load_checkpoint(tmp_path / "large.npz")
 
 
+@pytest.mark.parametrize("meta, without", [
+    ({"seconds": 10**400}, None), ({"loss_sum": 1e308}, None), ({"grad_norm": 10**30}, None), ({"loss_steps": 10**9}, None),
+    ({"step": 0}, None), ({"log": [[0] * 7]}, None), ({}, "memory/0")])
+def test_a_checkpoint_without_what_training_needs_is_not_resumed(meta, without, tmp_path):
+    with numpy.load(io.BytesIO(fuzz.checkpoint(tmp_path))) as file:
+        arrays = {name: array for name, array in file.items() if name != without}
+    arrays["meta"] = numpy.array(json.dumps({**json.loads(arrays["meta"].item()), **meta}))
+    numpy.savez(tmp_path / "odd.npz", **arrays)
+    with pytest.raises(command.Failure, match="cannot be resumed from"):
+        fuzz.load_checkpoint(tmp_path / "odd.npz")
+
+
 def test_a_checkpoint_cannot_unpack_to_more_than_its_size(tmp_path):
     """Neither by compression nor by listing one part of the file again and again."""
     packed, array = io.BytesIO(), io.BytesIO()

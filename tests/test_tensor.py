@@ -71,6 +71,24 @@ def test_a_quotient_in_float32_has_the_gradient_that_float32_can_hold():
         assert to_numpy(x.grad)[0] == pytest.approx(-1 / y, rel=1e-6)
 
 
+def test_dropout_with_a_probability_of_numpys_keeps_float32():
+    x = Tensor(xp.ones(9, dtype=numpy.float32), requires_grad=True)
+    y = autograd.dropout(x, numpy.float64(0.5), xp.random.default_rng(1))
+    y.sum().backward()
+    assert y.dtype == x.grad.dtype == numpy.float32
+
+
+@pytest.mark.parametrize("rows, dtype", [(256, "uint8"), (200, "int8")])
+def test_the_ids_of_an_embedding_may_have_any_integer_dtype(rows, dtype):
+    """Also one that cannot hold the number of rows; negative ones count from the end, as in NumPy."""
+    table = leaf(numpy.arange(2.0 * rows).reshape(rows, 2))
+    ids = numpy.array([3, -1 if dtype == "int8" else 255, 3], dtype=dtype)
+    autograd.embedding(table, xp.asarray(ids)).sum().backward()
+    expected = numpy.zeros((rows, 2))
+    expected[3], expected[-1] = 2, 1
+    numpy.testing.assert_array_equal(to_numpy(table.grad), expected)
+
+
 def test_float32_and_float64_do_not_mix():
     with pytest.raises(TypeError, match=r"multiply\(float32\[2\], float64\[2\]\).*astype"):
         leaf([1, 2], numpy.float32) * leaf([1, 2], numpy.float64)
@@ -257,7 +275,7 @@ def test_sigmoid_keeps_its_digits_far_below_zero():
 
 def test_backward_of_a_non_scalar_needs_a_gradient_of_its_shape():
     y = leaf([[1.0, 2.0]]) * 2
-    with pytest.raises(ValueError, match=r"shape \[1, 2\]; only a single number"):
+    with pytest.raises(ValueError, match=r"shape \[1, 2\]; give its gradient, or call it on a single number"):
         y.backward()
     with pytest.raises(ValueError, match=r"gradient of shape \[2\] for a result of shape \[1, 2\]"):
         y.backward(xp.ones(2))
@@ -290,6 +308,9 @@ def test_backward_without_anything_to_differentiate():
     (ValueError, r"pad\(float64\[2, 1\].*1 pairs of widths for 2 axes", lambda: autograd.pad(leaf([[1], [2]]), [(1, 1)])),
     (TypeError, r"linear\(float64\[1, 2, 1\].*float32 in front of float64", lambda: autograd.linear(
         leaf([[[1], [2]]]), leaf([[1]]), leaf([0]), before=xp.zeros((1, 3, 1), dtype=numpy.float32))),
+    (ValueError, r"linear\(float64\[1, 1\].*gain and shift are given together", lambda: autograd.linear(
+        leaf([[1]]), leaf([[1]]), leaf([0]), shift=leaf([0]))),
+    (IndexError, r"transpose\(float64\[1, 2\], \(0, 3\)\)", lambda: autograd.transpose(leaf([[1, 2]]), (0, 3))),
     (ValueError, r"dropout\(float64\[2\].*p must be in \[0, 1\)", lambda: autograd.dropout(leaf([1, 2]), 1.0, None)),
 ], ids=lambda value: value if isinstance(value, str) else "")
 def test_an_error_names_the_operation_and_the_shapes(error, message, compute):

@@ -8,6 +8,8 @@ import pytest
 from autograd import Tensor, leaf_gradients, shared_zeros, tanh, to_numpy, xp
 from train_shakespeare import WorkerError, Workers
 
+pytestmark = pytest.mark.skipif(xp.module is not numpy, reason="a GPU takes the whole batch at once")
+
 
 def gradient_by_parts(parts):
     """(loss, gradient) of a small sum of squares whose rows are divided among workers."""
