@@ -96,12 +96,13 @@ FIXED = {
     "n_head": (4, number(int, 1, 1025), "attention heads"),
     "d_model": (128, number(int, 2, 65537), "width of the model"),
     "d_ff": (512, number(int, 1, 262145), "width of the feed-forward layers"),
-    "mem_len": (64, whole, "states of memory while training, in tokens; 0 for none"),
+    "mem_len": (32, whole, "states of memory while training, in tokens; 0 for none"),
     "positions": ("sinusoid", one_of("sinusoid", "learned"), "form of the relative positions: sinusoid or learned"),
     "dropout": (0.0, number(float, 0, 1), "probability of dropping a value"),
     "batch_size": (16, positive, "sequences side by side"),
     "seq_len": (64, positive, "tokens in a segment"),
     "lr": (3e-3, number(float, 0, above=True), "peak learning rate"),
+    "weight_decay": (0.1, number(float, 0), "decay of the weight matrices, as a multiple of the learning rate"),
     "seed": (1, whole, "of the initial weights, of dropout, of where epochs begin, and of --generate")}
 FREE = {
     "steps": (3900, positive, "training steps in all, over which the learning rate falls"),
@@ -770,7 +771,7 @@ def train(args):
         if step > steps or step == steps and log and log[-1][0] == step:
             print(f"the run in {args.out} is at step {step} already; --steps N with a larger N trains on")
             return 0
-    adam = Adam(model.parameters(), betas=(0.9, 0.99), weight_decay=0.1, clip=1.0, parts=len(slices))
+    adam = Adam(model.parameters(), betas=(0.9, 0.99), weight_decay=settings["weight_decay"], clip=1.0, parts=len(slices))
     if meta:
         adam.t, adam.m[...], adam.v[...] = step, xp.asarray(arrays["adam/m"]), xp.asarray(arrays["adam/v"])
     about = {"model": dataclasses.asdict(config), "settings": settings, "corpus": corpus}
