@@ -593,51 +593,6 @@ def matmul(a, b):
 
 
 @op
-def linear(a, weight, bias, gain=None, shift=None, before=None):
-    """(a * gain + shift) @ weight + bias for a [..., n], gain and shift [n] (or neither), weight [n, m], bias [m].
-
-    gain and shift are those of a layer normalisation that comes before. They are the same for all rows, so that the weights,
-    a small matrix, can take them up: a W' + b' with W' = diag(gain) W and b' = shift W + b. With d_x for dL/dx,
-    d_W' = a^T g and d_b' = the sum of g's rows, as for any product, so that
-
-        d_a = g W'^T     d_b = d_b'     d_W = diag(gain) d_W' + shift^T d_b'
-        d_gain[i] = sum_j d_W'[i,j] W[i,j]     d_shift = d_b' W^T
-
-    before   an array [B, M, n], of a's dtype, put in front of a [B, T, n] (Transformer-XL's memory): gain, shift, weight and
-             bias apply to it as well, the result is [B, M + T, m]. It gets no gradient itself, but a in d_W' contains it
-    """
-    if (gain is None) != (shift is None):
-        raise ValueError("gain and shift are given together or not at all")
-    x, w, b = arrays(a, weight, bias)
-    shape, first = x.shape, 0
-    if before is not None:
-        if before.dtype != x.dtype:
-            raise TypeError(f"{before.dtype} in front of {x.dtype}; convert one of them with astype")
-        x, first = xp.concatenate([before, x], axis=1), before.shape[1]
-    rows, (n, m) = math.prod(x.shape[:-1]), w.shape
-    flat, scaled = x.reshape(rows, n), w
-    if gain is not None:
-        _, gain_row, shift_row = arrays(x, gain, shift)
-        scaled, b = gain_row[:, None] * w, shift_row @ w + b
-    y = flat @ scaled
-    y += b
-
-    def of_a(g):
-        return ((g[:, first:] if first else g).reshape(math.prod(shape[:-1]), m) @ scaled.T).reshape(shape)
-
-    def of_parameters(g):
-        g = g.reshape(rows, m)
-        d_w, d_b = flat.T @ g, xp.ones(rows, dtype=w.dtype) @ g
-        if gain is None:
-            return d_w, d_b
-        d_gain = row_dots(d_w, w).reshape(n)
-        d_w *= gain_row[:, None]            # d_W' until here, d_W from here on
-        d_w += shift_row[:, None] * d_b
-        return d_w, d_b, d_gain, w @ d_b
-    return result(y.reshape(x.shape[:-1] + (m,)), (a, of_a), *jointly(of_parameters, weight, bias, gain, shift))
-
-
-@op
 def embedding(table, ids):
     """Rows of `table` [V, D] picked by integer `ids` [...]: [..., D]. A row picked n times gets the sum of n gradients.
 
@@ -771,6 +726,54 @@ def normalise(a, eps=1e-5):
 def layer_norm(a, gain, bias, eps=1e-5):
     """Layer normalisation over the last axis: a [..., D], gain [D], bias [D] (the shift's usual name)."""
     return normalise(a, eps) * gain + bias
+
+
+@op
+def linear(a, weight, bias, gain=None, shift=None, before=None):
+    """(a * gain + shift) @ weight + bias for a [..., n], gain and shift [n] (or neither), weight [n, m], bias [m].
+
+    gain and shift are those of a layer normalisation that comes before, which then only has to normalise. They are the same
+    for all rows, so that the weights, a small matrix, can take them up: the result is a W' + b' with
+
+        W' = diag(gain) W     b' = shift W + b
+
+    With d_x for dL/dx, d_W' = a^T g and d_b' = the sum of g's rows, as for any product, so that
+
+        d_a = g W'^T     d_b = d_b'     d_W = diag(gain) d_W' + shift^T d_b'
+        d_gain[i] = sum_j d_W'[i,j] W[i,j]     d_shift = d_b' W^T
+
+    before   an array [B, M, n], of a's dtype, put in front of a [B, T, n] (Transformer-XL's memory): gain, shift, weight and
+             bias apply to it as well, the result is [B, M + T, m]. It gets no gradient itself, but a in d_W' contains it
+    """
+    if (gain is None) != (shift is None):
+        raise ValueError("gain and shift are given together or not at all")
+    x, w, b = arrays(a, weight, bias)
+    shape, first = x.shape, 0
+    if before is not None:
+        if before.dtype != x.dtype:
+            raise TypeError(f"{before.dtype} in front of {x.dtype}; convert one of them with astype")
+        x, first = xp.concatenate([before, x], axis=1), before.shape[1]
+    rows, (n, m) = math.prod(x.shape[:-1]), w.shape
+    flat, scaled = x.reshape(rows, n), w
+    if gain is not None:
+        _, gain_row, shift_row = arrays(x, gain, shift)
+        scaled, b = gain_row[:, None] * w, shift_row @ w + b
+    y = flat @ scaled
+    y += b
+
+    def of_a(g):
+        return ((g[:, first:] if first else g).reshape(math.prod(shape[:-1]), m) @ scaled.T).reshape(shape)
+
+    def of_parameters(g):
+        g = g.reshape(rows, m)
+        d_w, d_b = flat.T @ g, xp.ones(rows, dtype=w.dtype) @ g
+        if gain is None:
+            return d_w, d_b
+        d_gain = row_dots(d_w, w).reshape(n)
+        d_w *= gain_row[:, None]            # d_W' until here, d_W from here on
+        d_w += shift_row[:, None] * d_b
+        return d_w, d_b, d_gain, w @ d_b
+    return result(y.reshape(x.shape[:-1] + (m,)), (a, of_a), *jointly(of_parameters, weight, bias, gain, shift))
 
 
 @op

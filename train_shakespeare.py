@@ -294,7 +294,7 @@ def encode(text, vocabulary):
     if strange:
         raise Failure(f"the model never saw {', '.join(map(repr, strange[:20]))}"
                       f"{' …' if len(strange) > 20 else ''}; it knows {vocabulary!r}", status=2)
-    return numpy.fromiter(map(place.__getitem__, text), dtype=numpy.int64, count=len(text))
+    return numpy.array([place[character] for character in text], dtype=numpy.int64)
 
 
 def split(tokens):
@@ -316,11 +316,11 @@ class Streams:
 
     Row b of every segment continues row b of the segment before, so that the memory really is the preceding text:
 
-        stream 0   F i r s t   C i t | i z e n : \\n B e | f o r e  …
+        stream 0   F i r s t   C i t | i z e n : \\n B e f | o r e   w e  …
         stream 1   w h a t   h e   h | a t h   d o n e   | f a m o  …
                        segment 0           segment 1       segment 2
 
-    An epoch reads each stream once, but for a rest shorter than a segment, and begins with empty memory. Each starts at
+    An epoch reads each stream once, but for at most a segment at its end, and begins with empty memory. Each starts at
     a random place among the first seq_len characters, so that the segments are cut in other places than before. Which
     segment a step reads depends on nothing but the seed and the step.
     """
@@ -349,13 +349,18 @@ class Streams:
 # processes: copies of this one, made by fork, each of which builds and walks a graph of its own. (Threads would do
 # without copies, but they take turns at Python's lock: two threads need 1.2 to 2.4 times as long as two processes.)
 #
-# Parameters and gradients are arrays of `shared_zeros`, which all processes see. No locks are needed: they change only
-# during a call, each process writes its own share, and the next call begins when all have answered.
+# Parameters and gradients (Adam's, in txl.py) are arrays of `shared_zeros`, which all processes see. No locks are needed:
+# they change only during a call, each process writes its own share, and the next call begins when all have answered.
 #
 # (To read on it is enough to know that `workers(function, x)` is [function(part, x) for part in parts], computed at once.)
 
 class WorkerError(RuntimeError):
     """A worker process has ended before its answer."""
+
+
+def handle_signals(handler):
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
 
 
 class Workers:
@@ -387,8 +392,10 @@ class Workers:
                 process.start()
                 self.processes.append(process)
                 its_pipe.close()
-        except BaseException:
+        except BaseException as error:
             self.close()
+            if isinstance(error, OSError):
+                raise WorkerError(f"cannot start a worker process ({error.strerror}): lower --threads") from error
             raise
 
     def _serve(self, part, pipe):
@@ -396,8 +403,7 @@ class Workers:
         PR_SET_PDEATHSIG = 1                            # <sys/prctl.h>: end when the first process ends, however it does
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        for signum in (signal.SIGINT, signal.SIGTERM):  # these are for the first process, whose end is this one's
-            signal.signal(signum, signal.SIG_IGN)
+        handle_signals(signal.SIG_IGN)                  # these are for the first process, whose end is this one's
         for other in self.pipes:                        # the first process's ends, copied by fork: while one is open
             other.close()                               # here, a pipe would never look closed
         with contextlib.suppress(EOFError, OSError):
@@ -497,7 +503,7 @@ def evaluate(model, tokens, batch_size, seq_len, mem_len, threads, stop=False):
                 nats = nats - (log_p * (target >= 0)).sum(dtype=numpy.float64)
         return nats
 
-    # Workers of its own, also while training has some: forked now, they have the weights of now.
+    # Workers of its own: those that train know neither `total` nor these rows.
     with Workers(row_parts(batch_size, threads), [total]) as workers:
         return math.fsum(float(part) for part in workers(total)) / n
 
@@ -565,14 +571,15 @@ def load(path):
 
 
 def read_arrays(data):
-    """{name: array} of an npz file. Its parts together may be no larger than the file.
+    """{name: array} of an npz file as `save` writes it: not compressed, its parts together no larger than the file.
 
     So a file cannot make this program take more memory than a few times its own size: NumPy reads an array piece by piece
     and gives up where its part ends, and what an array only declares is never touched.
     """
     with zipfile.ZipFile(io.BytesIO(data)) as file:
-        if sum(entry.file_size for entry in file.infolist()) > len(data):
-            raise ValueError("it declares more than it holds")
+        entries = file.infolist()
+        if sum(entry.file_size for entry in entries) > len(data) or any(entry.compress_type for entry in entries):
+            raise ValueError("it is compressed or declares more than it holds")
     with numpy.load(io.BytesIO(data), allow_pickle=False) as file:
         return dict(file)
 
@@ -659,13 +666,11 @@ class Stop:
 
     def __init__(self):
         self.asked = multiprocessing.RawValue("i")      # the signal's number, or 0; worker processes see it too
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signum, self.ask)
+        handle_signals(self.ask)
 
     def ask(self, asked, frame):
         self.asked.value = asked
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signum, signal.SIG_DFL)
+        handle_signals(signal.SIG_DFL)
 
     def __bool__(self):
         return self.asked.value != 0
@@ -816,7 +821,8 @@ def train(args):
             raise Failure(f"cannot write {args.out / name}: {error.strerror}; the one before it is intact")
 
     def save_all():
-        """Everything the next step depends on. (Its place in the text and its random numbers follow from the step.)"""
+        """Everything the next step depends on, but for --threads, which changes rounding and dropout. (Its place in the text
+        and its random numbers follow from the seed, the step and the part.)"""
         check_finite("the loss or its gradient", loss_sum, norm, adam.value)
         memory = {}
         if memories[0] is not None:
@@ -830,7 +836,8 @@ def train(args):
         nonlocal best, loss_sum, loss_steps, since, since_step
         check_finite("the loss or its gradient", loss_sum, norm, adam.value)
         mean_loss, grad_norm, val_loss = float(loss_sum) / max(1, loss_steps), float(norm), None
-        speed = (step - since_step) * batch_size * seq_len / (time.perf_counter() - since)
+        made = step - since_step                # none, if a resumed run begins with an evaluation
+        speed = made * batch_size * seq_len / (time.perf_counter() - since) if made else None
         if due:
             val_loss = evaluate(model, held_out, batch_size, seq_len, eval_mem_len, args.threads, stop)
             if stop:
@@ -838,11 +845,11 @@ def train(args):
             check_finite("the validation loss", val_loss)
         loss_sum, loss_steps = 0.0, 0
         log.append([step, round(mean_loss, 6), val_loss and round(val_loss, 6), rate(step - 1), round(grad_norm, 6),
-                    round(speed, 1), round(seconds(), 2)])
-        spent, steps_made = (seconds() - before, step - began_step) if step > began_step else (seconds(), step)
+                    speed and round(speed, 1), round(seconds(), 2)])
+        left = (seconds() - before) / (step - began_step) * (steps - step) if made else math.nan
         show(f"step {step:5}/{steps}  loss {mean_loss:.4f}" + (f"  val {val_loss:.4f}" if due else "")
-             + f"  lr {rate(step - 1):.2e}  norm {grad_norm:.2f}  {speed:,.0f} tokens/s  "
-             + f"{clock(spent / steps_made * (steps - step))} left", keep=due)
+             + f"  lr {rate(step - 1):.2e}  norm {grad_norm:.2f}"
+             + (f"  {speed:,.0f} tokens/s  {clock(left)} left" if made else ""), keep=due)
         write_log(args.out / "log.csv", log)
         if due:
             if best is None or val_loss < best:
@@ -868,7 +875,7 @@ def train(args):
             if stop or step == steps:
                 break
             loss_sum = sum(workers(forward_backward, step), loss_sum)
-            norm = adam.step(rate(step), workers)
+            norm = adam.step(rate(step), workers)               # two calls: adam.add_up, then adam.update
             step, loss_steps = step + 1, loss_steps + 1
 
         if stop:
@@ -912,15 +919,16 @@ def evaluate_run(args):
     """A table: the held-out text with no memory, half the trained length, the trained length and more, or --eval-mem-len."""
     meta, model, chosen = trained(args)
     corpus, held_out = held_out_text(args, meta)
-    settings, n = meta["settings"], len(held_out) - 1
+    n = len(held_out) - 1
+    batch_size, seq_len = (getattr(args, name) or meta["settings"][name] for name in ("batch_size", "seq_len"))
     lengths = [chosen] if args.eval_mem_len is not None else sorted(
         {int(f * model.config.mem_len) for f in (0, 0.5, 1, 2, 4)} | {chosen})
+    check_size(model.config, {"batch_size": batch_size, "seq_len": seq_len, "mem_len": lengths[-1]})
     print(f"step {meta['step']}, {n:,} characters of {corpus['name']}")
     print(f"{'memory':>8}{'nats':>10}{'bits a character':>20}{'perplexity':>14}{'characters/s':>16}")
     for mem_len in lengths:
         began = time.perf_counter()
-        nats = evaluate(model, held_out, args.batch_size or settings["batch_size"], args.seq_len or settings["seq_len"],
-                        mem_len, args.threads)
+        nats = evaluate(model, held_out, batch_size, seq_len, mem_len, args.threads)
         bits, perplexity = bits_and_perplexity(nats)
         print(f"{mem_len:8}{nats:10.4f}{bits:20.4f}{perplexity:14.4f}{n / (time.perf_counter() - began):16,.0f}", flush=True)
 
@@ -964,6 +972,7 @@ def plot(args):
 
     meta, model, mem_len = trained(args)
     T = meta["settings"]["seq_len"]
+    check_size(model.config, {"batch_size": 16, "seq_len": T, "mem_len": mem_len})
     weights = mean_attention(model, held_out_text(args, meta)[1], T, mem_len)
     if weights is None:
         print(f"{args.out / 'attention.png'} is not drawn: the held-out text is too short to fill a memory of {mem_len}")
@@ -972,7 +981,7 @@ def plot(args):
     for layer, row in enumerate(weights, start=1):
         axes.plot(row, label=f"layer {layer}")
     axes.axvline(T, color="gray", linestyle="--")
-    axes.text(T * 0.95, axes.get_ylim()[1] * 0.7, "from here on\nonly in memory", color="gray", va="top", ha="right")
+    axes.text(T * 0.95, axes.get_ylim()[1] * 0.7, "only in memory\nbeyond this line", color="gray", va="top", ha="right")
     axes.set_xscale("symlog", linthresh=1, linscale=0.3)
     axes.set_xlim(left=0)
     axes.set_xticks([0] + [2 ** i for i in range((T + mem_len).bit_length())])
@@ -994,7 +1003,7 @@ def write_picture(path, axes, **labels):
 
 def mean_attention(model, held_out, seq_len, mem_len):
     """`attention_by_distance`, the mean over up to twenty segments with a full memory; None if the text is too short for one."""
-    B = max(1, min(16, (len(held_out) - 1) // (seq_len + mem_len)))
+    B = max(1, min(16, len(held_out) // (seq_len * (1 + math.ceil(mem_len / seq_len)))))
     streams, memory, found = xp.asarray(in_rows(held_out, B)), model.empty_memory(B), []
     for at in range(0, streams.shape[1] - seq_len + 1, seq_len):
         segment = streams[:, at:at + seq_len]
@@ -1024,15 +1033,8 @@ def main(argv=None):
         use_device(args.device, args.tf32)
         keep_freed_memory()
         numpy.seterr(all="ignore")              # what is not finite is found where it matters, and said in one line
-        if args.eval:
-            evaluate_run(args)
-        elif args.generate is not None:
-            generate_text(args)
-        elif args.plot:
-            plot(args)
-        else:
-            return train(args)
-        return 0
+        command = (evaluate_run if args.eval else plot if args.plot else generate_text if args.generate is not None else train)
+        return command(args) or 0
     except (Failure, DeviceError, WorkerError) as failure:
         return complain(failure, getattr(failure, "status", 1))
     except MemoryError:

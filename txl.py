@@ -10,9 +10,9 @@ at a time mends the second when evaluating, at the price of computing everything
 (Attention, for whom it is new: each token's state is multiplied by three learned matrices to give a query, what it
 looks for, a key, what it offers, and a value, what it passes on. A query's dot products with all keys up to its own are
 its scores. A softmax makes them weights, and the token receives the values in these proportions, through a fourth matrix.
-(Before that the scores are divided by the square root of the vectors' length d: the dot product of d independent numbers of
-size 1 is about so large, and a softmax of large scores is all but a choice of one key.) Several heads do this side by side,
-each with its share of the width. A layer is attention followed by a small network for each token alone.)
+(First the scores are divided by sqrt(d), where d is how many numbers a query has: a dot product of two vectors of d
+independent numbers of size 1 is about that large, and a softmax of large scores is all but a choice of one key.) Several heads
+do this side by side, each with its share of the width. A layer is attention followed by a small network for each token alone.)
 
 The answer. Keep what entered each layer for the previous segment (the embeddings for layer 1, layer 1's output for
 layer 2, …), and let the same layer attend to it in the next segment. With T = 4 tokens and a memory of M = 4 states:
@@ -54,11 +54,12 @@ be read once more in the next, is left out; so are the adaptive softmax and embe
 "labml" is the annotated implementation at nn.labml.ai/transformers/xl.)
 
 From autograd.py: `xp` is NumPy or CuPy. A Tensor is an array with a gradient; `.data` is the array. `@op` lists an operation
-for the tests, `arrays(…)` are its operands' arrays, and `result(y, (x, f))` is the Tensor of its value y, whose gradient g goes
-on to x as f(g); `jointly` lists the pairs (x, f) of several x whose gradients one function computes. `normalise` gives every
-row of numbers mean 0 and variance 1; `layer_norm` then multiplies it by a learned gain and adds a learned bias. `linear(x, W,
-b, gain, bias, before=m)` is ([m, x] gain + bias) W + b, with m in front of x along time. `row_sums` and `row_dots` sum over the
-last axis, which stays with size 1: one array, or the product of two. `shared_zeros` are zeros that several processes see.
+for the tests, `arrays(…)` are its operands' arrays, and `result(y, (x, f))` is the Tensor of its value y, whose gradient g
+goes on to x as f(g); `jointly` lists the pairs (x, f) of several x whose gradients one function computes. `normalise` gives
+every row of numbers mean 0 and variance 1; `layer_norm` then multiplies it by a learned gain and adds a learned bias.
+`linear(x, W, b, gain, bias, before=m)` is ([m, x] gain + bias) W + b, with m, which gets no gradient, in front of x along
+time. `row_sums` and `row_dots` sum over the last axis, which stays with size 1: one array, or the product of two.
+`shared_zeros` are zeros that several processes see.
 """
 import dataclasses
 import math
@@ -172,9 +173,9 @@ def relative_positions(config, T, M, dtype):
 def rel_shift(x):
     """From columns that count distance to columns that count keys: [..., T, K] -> [..., T, K].
 
-    Query i needs, for key j, the score of distance M + i - j. Done directly, each of the T * K pairs (i, j) would need its
-    own vector. But there are only K distances, so attention makes K vectors once and scores all queries
-    against them in one matrix product. The scores then stand in the wrong columns:
+    Query i needs, for key j, the score of distance M + i - j. Done directly, the vector of that distance would have to be
+    fetched for each of the T * K pairs (i, j). But there are only K distances, so attention scores all queries against all
+    K vectors in one matrix product. The scores then stand in the wrong columns:
 
         row i:   [K-1, K-2, …, 2, 1, 0]         the distance that each column stands for, the same in every row
 
@@ -191,8 +192,8 @@ def rel_shift(x):
     the next unshifted row begins. Those are keys in the future, which attention hides: weight 0, gradient 0.
 
     (The authors' code puts a column of zeros in front, drops the first T numbers of the line and reads rows of K: the
-    same numbers up to the diagonal, other rubbish beyond it. labml's positions run the other way, from distance 0 up, so that
-    its `shift_right` drops numbers at the other end.)
+    same numbers up to the diagonal, other rubbish beyond it. labml makes T columns more, for distances below 0 too, lines
+    them up with the first query instead of the last and moves row i right by i, so its `shift_right` drops the end.)
 
     >>> rel_shift(Tensor([[4, 3, 2, 1, 0]] * 3)).numpy().tolist()
     [[2, 1, 0, 4, 3], [3, 2, 1, 0, 4], [4, 3, 2, 1, 0]]
@@ -260,8 +261,8 @@ def hidden_keys(T, M, window=None):
 #
 # `positions="learned"` (labml's form, after Shaw et al. 2018, who have (a) and (b) only) differs in r and in (d): r is not
 # computed from sinusoids but looked up in a learned table, and v · r is a learned number for each distance and head. More
-# freedom at each distance, but nothing is known about distances that were never trained; those beyond clamp_len use its
-# last row (which is trained only if distances in training reach it).
+# freedom at each distance, but nothing is known about distances that were never trained; those beyond clamp_len use the
+# table's last row (which is trained only if distances in training reach it).
 
 class RelativeMultiHeadAttention:
     """Attention of a segment over itself and the memory before it, with relative positions (the paper's section 3.3).
@@ -362,10 +363,10 @@ def ones(shape, dtype):
     return Tensor(xp.ones(shape, dtype=dtype), requires_grad=True)
 
 
-# %% 4. The same attention, faster
-# `attend` below computes what `mix` above computes (a test compares the two), in half of the time: with
-# its gradient written out by hand it keeps no [T, K] array but the softmax's numerators, and a block of scores is worked
-# on while it is in the processor's cache. Skip it when reading for the first time.
+# %% 4. The same attention, faster `attend` below computes what `mix` above computes with sinusoids and no attention dropout
+# (a test compares the two), in half of the time: with its gradient written out by hand it keeps no [T, K] array but the
+# softmax's numerators, and a block of scores is worked on while it is in the processor's cache. Skip it when reading for the
+# first time.
 #
 # Softmax normalises a row by its sum z. That division commutes with the product with the values, so it is done there,
 # on d numbers a query instead of K:    o = (E / z) values = (E values) / z    with  E = exp(score - largest of the row)
@@ -377,19 +378,20 @@ def ones(shape, dtype):
 #     d_score_j = y_j (d_y_j - sum_k y_k d_y_k)       with  d_y_j = g · values_j,   from the softmax
 #     the sum is g · o,  so  d_score_j = E_j (g/z · values_j - g/z · o)
 #
-# (d_x is the gradient of x.) score = (q + u) k^T + shift((q + v) r^T), so with d_shifted, that is d_score shifted back,
+# (d_x is the gradient of x.) With score = (q + u) k^T + shift(by_distance) and by_distance = (q + v) r^T, d_by_distance is
+# d_score shifted back, and
 #
-#     d_k = d_score^T (q + u)     d_(q+u) = d_score k     d_r = d_shifted^T (q + v)     d_(q+v) = d_shifted r
+#     d_k = d_score^T (q + u)     d_(q+u) = d_score k     d_r = d_by_distance^T (q + v)     d_(q+v) = d_by_distance r
 #
-# and d_q is the sum of d_(q+u) and d_(q+v), d_u the first of them summed over all queries, d_v the second. The code divides
-# q + u and q + v by sqrt(d) rather than the scores, so d_q, d_u and d_v are divided by it too, at the end.
+# d_q is the sum of d_(q+u) and d_(q+v), d_u the first of them summed over all queries, d_v the second. In the code q + u and
+# q + v are these divided by sqrt(d): d_k and d_r contain the factor, d_q, d_u and d_v are divided by sqrt(d) at the end.
 #
 # The queries n … n+t-1 see the first M + n + t keys. For a block of them the problem is the same with that many keys,
 # whose distances are the last rows of r: what lies in the future of all of them is not computed at all. Blocks share keys
-# and distances, so gradients of those add up. The last block comes first: it sees all keys, so its products fill the arrays
-# of keys' and values' gradients, uninitialised until then, to which those of the others are added.
+# and distances, so gradients of those add up. Of keys and values, the last queries' block comes first: it sees all keys, so
+# its products fill the arrays, uninitialised until then, to which those of the others are added. (That of r starts from 0.)
 
-QUERIES, SCORES = 64, 1 << 17       # at most, in a block, unless one head and one sequence have more scores; half a megabyte
+QUERIES, SCORES = 64, 1 << 17       # of a block, at most: half a megabyte (or more, if one head and one sequence have more)
 
 
 @op
@@ -459,9 +461,9 @@ def attend(q, kv, r, u, v, hidden):
                 else:
                     d_x[i, j, seen] += (x[block].swapaxes(-1, -2) @ scores).swapaxes(-1, -2)
             xp.matmul(d_score, keys[i, j, seen], out=heads(d_q_u)[block])
-            d_shifted = rows(_shift_back(d_score))
-            heads(d_q_v)[block] = (d_shifted @ R[i, K - seen.stop:]).reshape(g_z[block].shape)
-            d_r[i, K - seen.stop:] += (rows(q_v[block]).swapaxes(-1, -2) @ d_shifted).swapaxes(-1, -2)
+            d_by_distance = rows(_shift_back(d_score))
+            heads(d_q_v)[block] = (d_by_distance @ R[i, K - seen.stop:]).reshape(g_z[block].shape)
+            d_r[i, K - seen.stop:] += (rows(q_v[block]).swapaxes(-1, -2) @ d_by_distance).swapaxes(-1, -2)
         all_queries = xp.full(B * T, scale, dtype=Q.dtype)                         # a product with it is a sum, scaled
         d_u, d_v = ((all_queries @ x.reshape(B * T, D)).reshape(H, d) for x in (d_q_u, d_q_v))
         return (d_q_u + d_q_v) * scale, d_kv, d_r.transpose(1, 0, 2).reshape(K, D), d_u, d_v
@@ -511,8 +513,8 @@ class Layer:
         p = self.config.dropout
         if self.config.pre_norm:
             # Memory holds what entered the layer, so it is normalised like the segment: x and memory are one text.
-            # norm(x) is written in two halves, normalise here and gain and bias in `linear`, which finds their gradients,
-            # memory's part included, from that of the weights: no row of memory needs a gradient of its own.
+            # norm(x) is written in two halves: normalise here, gain and bias in `linear`, which finds their gradients,
+            # memory's share included, from that of the weights. So no gradient of memory is ever computed.
             x = x + dropout(self.attention(normalise(x), normalise(memory), positions, mask, generator,
                                            self.attention_norm), p, generator)
             return x + dropout(self.feed_forward(normalise(x), generator, self.feed_forward_norm), p, generator)
@@ -536,9 +538,9 @@ class Layer:
 #     after              [ m m h h h h ]      the last M of both
 #
 # No parameter's shape depends on M, sinusoids exist for every distance, and a learned table's last row serves for all beyond
-# it, so a model trained with one memory length can be evaluated with another, longer one. And evaluating a text is one pass
-# over it: every token is computed once and yet sees, once memory is full, at least the M tokens before it. A window slid by
-# one token computes M + 1 tokens for each.
+# it (if training has reached it), so a model trained with one memory length can be evaluated with another, longer one. And
+# evaluating a text is one pass over it: every token is computed once and yet sees, once memory is full, at least the M tokens
+# before it. A window slid by one token computes M + 1 tokens for each.
 #
 # There are N memories. (The authors' code keeps N + 1; nothing attends to the last layer's output.)
 
@@ -645,8 +647,8 @@ def attention_by_distance(model, tokens, memory):
     """How far back each layer looks: mean attention weights [n_layer, K], element n for the key n tokens back.
 
     The mean is over heads, sequences and those queries of `tokens` [B, T] that see so far; `memory` as in a call of model.
-    (max(M, T) states are asked for, so that every segment's own input is among them; with same_length a query then sees as
-    many keys before it.)
+    (max(M, T) states are asked for, so that each layer's input for this segment is among them; with same_length a query then
+    sees as many keys before it.)
     """
     B, T = tokens.shape
     M, config, rows = memory[0].shape[1], model.config, []
