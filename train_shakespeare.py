@@ -96,7 +96,7 @@ FIXED = {
     "n_head": (4, number(int, 1, 1025), "attention heads"),
     "d_model": (128, number(int, 2, 65537), "width of the model"),
     "d_ff": (512, number(int, 1, 262145), "width of the feed-forward layers"),
-    "mem_len": (32, whole, "states of memory while training, in tokens; 0 for none"),
+    "mem_len": (64, whole, "states of memory while training, in tokens; 0 for none"),
     "positions": ("sinusoid", one_of("sinusoid", "learned"), "form of the relative positions: sinusoid or learned"),
     "dropout": (0.0, number(float, 0, 1), "probability of dropping a value"),
     "batch_size": (16, positive, "sequences side by side"),
