@@ -235,6 +235,7 @@ def leaf_gradients(root, gradient=None):
             raise RuntimeError("backward: this graph was released by an earlier backward(); compute the value again")
         if not tensor._edges:
             leaves.append((tensor, g))
+            continue
         for operand, gradient_function in tensor._edges:
             part = unbroadcast(gradient_function(g), operand.shape)
             if operand in gradients:        # not +=: add, for one, gives the same array g to both operands
@@ -242,8 +243,7 @@ def leaf_gradients(root, gradient=None):
             else:
                 gradients[operand] = part
                 heapq.heappush(reached, (-operand._number, operand))
-        if tensor._edges:
-            tensor._edges = _RELEASED       # frees what the gradient functions held on to
+        tensor._edges = _RELEASED           # frees what the gradient functions held on to
     return leaves
 
 

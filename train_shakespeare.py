@@ -157,12 +157,12 @@ def parse_arguments(argv=None):
     writing.add_argument("--top-p", type=number(float, 0, 1, above=True), metavar="P",
                          help="choose among the likeliest that reach probability P only")
     args = parser.parse_args(argv)
-    mode = "eval" if args.eval else "plot" if args.plot else "generate" if args.generate is not None else None
+    args.mode = "eval" if args.eval else "plot" if args.plot else "generate" if args.generate is not None else "train"
     used = {"eval": ("batch_size", "seq_len", "eval_mem_len"), "generate": ("seed", "eval_mem_len"),
-            "plot": ("eval_mem_len",)}.get(mode, SETTINGS)
+            "plot": ("eval_mem_len",), "train": SETTINGS}[args.mode]
     for name in SETTINGS:
         if getattr(args, name) is not None and name not in used:
-            parser.error(f"--{name.replace('_', '-')} has no effect with --{mode}: the run in --out has its own")
+            parser.error(f"--{name.replace('_', '-')} has no effect with --{args.mode}: the run in --out has its own")
     return args
 
 
@@ -227,14 +227,15 @@ def find_corpus(file):
 
 
 def decoded(data, name):
-    name = {corpus["sha256"]: corpus["name"] for corpus in (TINY, PLAYS)}.get(sha256(data), name)
+    digest = sha256(data)
+    name = {corpus["sha256"]: corpus["name"] for corpus in (TINY, PLAYS)}.get(digest, name)
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise Failure(f"{name} is not UTF-8: byte {data[error.start]:#04x} at offset {error.start}; convert it to UTF-8")
     if not text:
         raise Failure(f"{name} is empty; name a text with --data FILE")
-    return text, {"name": name, "sha256": sha256(data), "characters": len(text)}
+    return text, {"name": name, "sha256": digest, "characters": len(text)}
 
 
 def download_tiny_shakespeare(seconds=5.0, limit=4_000_000):
@@ -287,14 +288,20 @@ def spoken(markdown):
 
 
 # %% 3. Characters and batches
+def code_points(text):
+    """The characters of a text as an array of integers."""
+    return numpy.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
+
+
 def encode(text, vocabulary):
-    """Characters -> indices into `vocabulary`. Failure lists the characters it does not have."""
-    place = {character: i for i, character in enumerate(vocabulary)}
-    strange = sorted(set(text) - place.keys())
-    if strange:
+    """Characters -> indices into `vocabulary`, a sorted string. Failure lists the characters it does not have."""
+    known, points = code_points(vocabulary), code_points(text)
+    ids = numpy.searchsorted(known, points).clip(max=len(known) - 1)
+    if (known[ids] != points).any():
+        strange = sorted(set(text) - set(vocabulary))
         raise Failure(f"the model never saw {', '.join(map(repr, strange[:20]))}"
                       f"{' …' if len(strange) > 20 else ''}; it knows {vocabulary!r}", status=2)
-    return numpy.array([place[character] for character in text], dtype=numpy.int64)
+    return ids
 
 
 def split(tokens):
@@ -355,7 +362,7 @@ class Streams:
 # (To read on it is enough to know that `workers(function, x)` is [function(part, x) for part in parts], computed at once.)
 
 class WorkerError(RuntimeError):
-    """A worker process has ended before its answer."""
+    """A worker process could not be started, or has ended before its answer."""
 
 
 def handle_signals(handler):
@@ -1033,7 +1040,7 @@ def main(argv=None):
         use_device(args.device, args.tf32)
         keep_freed_memory()
         numpy.seterr(all="ignore")              # what is not finite is found where it matters, and said in one line
-        command = (evaluate_run if args.eval else plot if args.plot else generate_text if args.generate is not None else train)
+        command = {"eval": evaluate_run, "plot": plot, "generate": generate_text, "train": train}[args.mode]
         return command(args) or 0
     except (Failure, DeviceError, WorkerError) as failure:
         return complain(failure, getattr(failure, "status", 1))

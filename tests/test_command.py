@@ -382,7 +382,7 @@ def test_training_goes_on_when_nobody_reads_its_output_any_more(folder):
 def test_help_shows_every_option_with_its_default(folder):
     out = run(folder, "--help").stdout
     for option in ("--device", "--data", "--out", "--resume", "--steps", "--batch-size", "--seq-len", "--mem-len",
-                   "--eval-mem-len", "--n-layer", "--n-head", "--d-model", "--d-ff", "--dropout", "--lr", "--weight-decay", "--seed", "--threads",
-                   "--eval", "--generate", "--length", "--temperature", "--top-k", "--top-p", "--plot"):
+                   "--eval-mem-len", "--n-layer", "--n-head", "--d-model", "--d-ff", "--dropout", "--lr", "--weight-decay",
+                   "--seed", "--threads", "--eval", "--generate", "--length", "--temperature", "--top-k", "--top-p", "--plot"):
         assert option in out
     assert "default: 64" in out and "default: 0.003" in out

@@ -11,6 +11,11 @@ import fuzz
 import train_shakespeare as command
 
 
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return fuzz.checkpoint(tmp_path_factory.mktemp("run"))
+
+
 @pytest.mark.parametrize("cases", [fuzz.checkpoints, fuzz.inputs])
 def test_damaged_input_ends_in_success_or_in_one_line(cases, tmp_path):
     ends, slowest = fuzz.run(cases(400, seed=1, folder=tmp_path))
@@ -23,8 +28,8 @@ def test_a_run_killed_at_random_moments_ends_with_the_bits_of_an_undisturbed_one
 
 
 @pytest.mark.parametrize("field, value", [("n_layer", 10**9), ("d_model", 10**6), ("mem_len", 10**30)])
-def test_a_checkpoint_cannot_declare_a_model_larger_than_itself(field, value, tmp_path):
-    with numpy.load(io.BytesIO(fuzz.checkpoint(tmp_path))) as file:
+def test_a_checkpoint_cannot_declare_a_model_larger_than_itself(field, value, checkpoint, tmp_path):
+    with numpy.load(io.BytesIO(checkpoint)) as file:
         arrays = dict(file)
     meta = json.loads(arrays["meta"].item())
     meta["model"][field] = value
@@ -38,8 +43,8 @@ def test_a_checkpoint_cannot_declare_a_model_larger_than_itself(field, value, tm
 @pytest.mark.parametrize("meta, without", [
     ({"seconds": 10**400}, None), ({"loss_sum": 1e308}, None), ({"grad_norm": 10**30}, None), ({"loss_steps": 10**9}, None),
     ({"step": 0}, None), ({"log": [[0] * 7]}, None), ({}, "memory/0")])
-def test_a_checkpoint_without_what_training_needs_is_not_resumed(meta, without, tmp_path):
-    with numpy.load(io.BytesIO(fuzz.checkpoint(tmp_path))) as file:
+def test_a_checkpoint_without_what_training_needs_is_not_resumed(meta, without, checkpoint, tmp_path):
+    with numpy.load(io.BytesIO(checkpoint)) as file:
         arrays = {name: array for name, array in file.items() if name != without}
     arrays["meta"] = numpy.array(json.dumps({**json.loads(arrays["meta"].item()), **meta}))
     numpy.savez(tmp_path / "odd.npz", **arrays)
