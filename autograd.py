@@ -443,6 +443,14 @@ def relu(a):
 
 
 @op
+def squared_relu(a):
+    """relu(x)^2 (So et al. 2021, "Primer", arXiv 2109.08668): unlike relu it has a derivative everywhere."""
+    x, = arrays(a)
+    y = xp.maximum(x, 0)
+    return result(y * y, (a, lambda g: 2 * g * y))
+
+
+@op
 def gelu(a):
     """x * Phi(x) in the tanh form of Hendrycks and Gimpel 2016 (arXiv 1606.08415, section 2)."""
     x, = arrays(a)

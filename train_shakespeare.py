@@ -98,6 +98,7 @@ FIXED = {
     "d_ff": (512, number(int, 1, 262145), "width of the feed-forward layers"),
     "mem_len": (64, whole, "states of memory while training, in tokens; 0 for none"),
     "positions": ("sinusoid", one_of("sinusoid", "learned"), "form of the relative positions: sinusoid or learned"),
+    "activation": ("squared_relu", one_of("relu", "squared_relu"), "of the feed-forward layers: relu or squared_relu"),
     "dropout": (0.0, number(float, 0, 1), "probability of dropping a value"),
     "batch_size": (16, positive, "sequences side by side"),
     "seq_len": (64, positive, "tokens in a segment"),
@@ -752,7 +753,7 @@ def corpus_to_train_on(args, meta):
 
 def configuration(settings, vocab_size):
     clamp_len = settings["seq_len"] + settings["mem_len"] - 1 if settings["positions"] == "learned" else None
-    fields = ("n_layer", "n_head", "d_model", "d_ff", "mem_len", "dropout", "positions")
+    fields = ("n_layer", "n_head", "d_model", "d_ff", "mem_len", "dropout", "positions", "activation")
     try:
         return Config(vocab_size, clamp_len=clamp_len, **{name: settings[name] for name in fields})
     except ValueError as error:

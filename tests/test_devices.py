@@ -108,7 +108,7 @@ def test_operation_on_the_gpu(f, inputs, request):
 
 
 OPTIONS = [dict(), dict(positions="learned", clamp_len=6), dict(pre_norm=False, tie_weights=True),
-           dict(same_length=True, clamp_len=3), dict(dropout=0.2, attn_dropout=0.1)]
+           dict(same_length=True, clamp_len=3, activation="squared_relu"), dict(dropout=0.2, attn_dropout=0.1)]
 
 
 def everything(options, dtype=numpy.float64):

@@ -57,7 +57,7 @@ def cases():
     yield "power", "exponent two at base zero", lambda x: x ** 2, [numpy.zeros(2)]
     yield "power", "number as base", lambda x: 2 ** x, [(3,)]
     yield "power", "the same tensor twice", lambda x: x ** x, [positive(3)]
-    for name in ("negative", "exp", "tanh", "sigmoid", "relu", "gelu"):
+    for name in ("negative", "exp", "tanh", "sigmoid", "relu", "squared_relu", "gelu"):
         for what, shape in [("matrix", (3, 4)), ("0-d", ()), ("size 0", (0, 2)), ("size-1 axes", (1, 3, 1))]:
             yield name, what, a(name), [shape]
     for name in ("log", "sqrt"):
@@ -363,8 +363,9 @@ def test_model_and_loss(options, memory_len):
 
 @pytest.mark.parametrize("positions", ["sinusoid", "learned"])
 @pytest.mark.parametrize("pre_norm", [True, False], ids=["pre-norm", "post-norm"])
-def test_every_element_of_every_parameter(positions, pre_norm):
-    model, tokens, memory = model_of(dict(positions=positions, pre_norm=pre_norm, clamp_len=4), 3)
+@pytest.mark.parametrize("activation", ["relu", "squared_relu"])
+def test_every_element_of_every_parameter(activation, pre_norm, positions):
+    model, tokens, memory = model_of(dict(positions=positions, pre_norm=pre_norm, activation=activation, clamp_len=4), 3)
     check_gradients(lambda *_: txl.loss_and_memory(model, tokens[:, :-1], tokens[:, 1:], memory)[0], model.parameters())
 
 

@@ -24,6 +24,7 @@ def test_results_are_numpys():
                            (x ** 2, a ** 2), (2 ** x, 2 ** a), (x[0], a[0]), (x[:, 1], a[:, 1]), (x.T, a.T),
                            (x.sum(), a.sum()), (x.mean(axis=0), a.mean(axis=0)), (x.max(axis=-1), a.max(axis=-1)),
                            (x.reshape(4), a.reshape(4)), (x.transpose((1, 0)), a.T), (x.swapaxes(0, 1), a.T), (autograd.relu(x), numpy.maximum(a, 0)),
+                           (autograd.squared_relu(x), numpy.where(a > 0, a * a, 0)),
                            (autograd.sigmoid(x), 1 / (1 + numpy.exp(-a))), (autograd.log(y), numpy.log(b)),
                            (autograd.softmax(x), numpy.exp(a) / numpy.exp(a).sum(-1, keepdims=True))]:
         numpy.testing.assert_allclose(ours.numpy(), expected, rtol=1e-12)
