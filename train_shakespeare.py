@@ -536,6 +536,7 @@ def figures(nats):
 # A file is written under another name, brought to the disk and then renamed, which the file system does in one piece:
 # whatever happens, there is either the old file or the new one.
 VERSION = 1
+OF_ADAM = ("m", "v", "average")             # in a checkpoint to resume from
 OF_A_RUN = ("checkpoint.npz", "best.npz", "log.csv", "config.json")
 
 
@@ -633,7 +634,7 @@ def memory_to_resume(meta, arrays, path):
         if any(m.shape != (batch_size, M, config.d_model) for m in memory) or M > config.mem_len:
             raise ValueError("its memory has the wrong shape")
         n = config.parameter_count()
-        if any(arrays[name].shape != (n,) for name in ("adam/m", "adam/v")) or (arrays["adam/v"] < 0).any():
+        if any(arrays[f"adam/{name}"].shape != (n,) for name in OF_ADAM) or (arrays["adam/v"] < 0).any():
             raise ValueError("Adam's averages are wrong")
         if not isinstance(meta["log"], list) or not all(len(row) == 7 and is_count(row[0]) and 0 < row[0] <= meta["step"]
                                                         and all(x is None or is_number(x) for x in row) for row in meta["log"]):
@@ -784,9 +785,12 @@ def train(args):
         if step > steps or step == steps and log and log[-1][0] == step:
             print(f"the run in {args.out} is at step {step} already; --steps N with a larger N trains on")
             return 0
-    adam = Adam(model.parameters(), betas=(0.9, 0.99), weight_decay=settings["weight_decay"], clip=1.0, parts=len(slices))
+    adam = Adam(model.parameters(), betas=(0.9, 0.99), weight_decay=settings["weight_decay"], clip=1.0, average_over=100,
+                parts=len(slices))
     if meta:
-        adam.t, adam.m[...], adam.v[...] = step, xp.asarray(arrays["adam/m"]), xp.asarray(arrays["adam/v"])
+        adam.t = step
+        for name in OF_ADAM:
+            getattr(adam, name)[...] = xp.asarray(arrays[f"adam/{name}"])
     about = {"model": dataclasses.asdict(config), "settings": settings, "corpus": corpus}
     try:
         args.out.mkdir(parents=True, exist_ok=True)
@@ -837,7 +841,7 @@ def train(args):
             memory = {f"memory/{i}": xp.concatenate(layers) for i, layers in enumerate(zip(*workers(memory_of)))}
         checkpoint("checkpoint.npz", {"best": best, "log": log, "seconds": seconds(), "loss_sum": float(loss_sum),
                                       "loss_steps": loss_steps, "grad_norm": float(norm)},
-                   {**parameter_arrays(model), **memory, "adam/m": adam.m, "adam/v": adam.v})
+                   {**parameter_arrays(model), **memory, **{f"adam/{name}": getattr(adam, name) for name in OF_ADAM}})
 
     def report(due):
         """Log the steps since the last line; where an evaluation is `due`, also evaluate, write the checkpoints and a sample."""
@@ -847,10 +851,14 @@ def train(args):
         made = step - since_step                # none, if a resumed run begins with an evaluation
         speed = made * batch_size * seq_len / (time.perf_counter() - since) if made else None
         if due:
-            val_loss = evaluate(model, held_out, batch_size, seq_len, eval_mem_len, args.threads, stop)
-            if stop:
-                return                          # the resumed run begins with this evaluation
-            check_finite("the validation loss", val_loss)
+            with adam.averaged():
+                val_loss = evaluate(model, held_out, batch_size, seq_len, eval_mem_len, args.threads, stop)
+                if stop:
+                    return                      # the resumed run begins with this evaluation
+                check_finite("the validation loss", val_loss)
+                if best is None or val_loss < best:
+                    best = val_loss
+                    checkpoint("best.npz", {"val_loss": val_loss}, parameter_arrays(model))
         loss_sum, loss_steps = 0.0, 0
         log.append([step, round(mean_loss, 6), val_loss and round(val_loss, 6), rate(step - 1), round(grad_norm, 6),
                     speed and round(speed, 1), round(seconds(), 2)])
@@ -860,12 +868,10 @@ def train(args):
              + (f"  {speed:,.0f} tokens/s  {clock(left)} left" if made else ""), keep=due)
         write_log(args.out / "log.csv", log)
         if due:
-            if best is None or val_loss < best:
-                best = val_loss
-                checkpoint("best.npz", {"val_loss": val_loss}, parameter_arrays(model))
             save_all()
             if step < steps and not stop:
-                sample = generate(model, [0], 160, 0.8, mem_len=eval_mem_len)       # 0: the end of a line, in most texts
+                with adam.averaged():
+                    sample = list(generate(model, [0], 160, 0.8, mem_len=eval_mem_len))     # 0: most often the end of a line
                 show("    " + "".join(vocabulary[t] for t in sample).strip().replace("\n", "\n    "))
         since, since_step = time.perf_counter(), step
 

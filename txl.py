@@ -61,6 +61,7 @@ every row of numbers mean 0 and variance 1; `layer_norm` then multiplies it by a
 time. `row_sums` and `row_dots` sum over the last axis, which stays with size 1: one array, or the product of two.
 `shared_zeros` are zeros that several processes see.
 """
+import contextlib
 import dataclasses
 import math
 
@@ -690,6 +691,12 @@ class Adam:
     Weight decay draws the matrices W_… (nothing else) towards 0. It stands outside the means: as part of g it would be divided
     by sqrt(v) and fade where gradients are large.
 
+        a = a + max(1 / average_over, 10 / (9 + t)) (w - a)
+
+    At a high learning rate the weights jitter about the way they are going. Their running mean a, over the last tenth of the
+    steps or the last `average_over` (None: a is not kept), predicts as well as w would if the rate now fell. It takes no
+    part in training; evaluate with it, `with adam.averaged():` (Polyak and Juditsky 1992).
+
     The parameters are moved into one flat array, of which each `.data` becomes a view, so that a step is a dozen
     operations on long arrays instead of a dozen for each parameter.
 
@@ -698,11 +705,13 @@ class Adam:
             share of the parameters
     """
 
-    def __init__(self, parameters, lr=1e-3, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0, clip=None, parts=1):
+    def __init__(self, parameters, lr=1e-3, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0, clip=None, average_over=None,
+                 parts=1):
         self.parameters, self.lr, self.betas, self.eps, self.clip = list(parameters.values()), lr, betas, eps, clip
-        self.weight_decay, self.t = weight_decay, 0
+        self.weight_decay, self.average_over, self.t = weight_decay, average_over, 0
         n, dtype = sum(p.size for p in self.parameters), self.parameters[0].dtype
         self.value, self.m, self.v = (shared_zeros((n,), dtype) for _ in range(3))
+        self.average = shared_zeros((n,), dtype) if average_over else None
         self.gradient = shared_zeros((parts, n), dtype)
         self.decayed = xp.concatenate([xp.full(p.size, name.split(".")[-1].startswith("W"), dtype=dtype)
                                        for name, p in parameters.items()])
@@ -772,6 +781,19 @@ class Adam:
             if self.weight_decay:
                 step += (lr * self.weight_decay) * decayed * w
             w -= step
+            if self.average_over:
+                a = self.average[block]
+                a += max(1 / self.average_over, 10 / (9 + t)) * (w - a)
+
+    @contextlib.contextmanager
+    def averaged(self):
+        """Within a `with` of this the parameters are their averages."""
+        current = self.value.copy()
+        self.value[...] = self.average
+        try:
+            yield
+        finally:
+            self.value[...] = current
 
 
 def warmup_cosine(step, steps, peak, warmup, final):

@@ -74,6 +74,24 @@ def test_adam_in_parts_adds_their_gradients_up_and_is_adam_in_one(parts):
         numpy.testing.assert_allclose(ours[name].numpy(), expected[name].numpy(), rtol=1e-12)
 
 
+@pytest.mark.parametrize("average_over", [2, 100])
+def test_the_average_follows_the_weights_over_a_tenth_of_the_steps_or_so_many_and_replaces_them_within_a_with(average_over):
+    w = Tensor(xp.asarray([1.0, -2.0]), requires_grad=True)
+    adam, a = txl.Adam({"w": w}, lr=0.1, average_over=average_over), 0.0
+    for t in range(1, 31):
+        w.grad = xp.asarray(RNG(t).normal(size=2))
+        adam.step()
+        a += max(1 / average_over, 10 / (9 + t)) * (w.numpy() - a)
+        if t == 1:
+            numpy.testing.assert_array_equal(a, w.numpy())
+    weights = w.numpy().copy()
+    with pytest.raises(KeyError), adam.averaged():
+        numpy.testing.assert_allclose(w.numpy(), a, rtol=1e-12)
+        assert not numpy.allclose(a, weights)
+        raise KeyError
+    numpy.testing.assert_array_equal(w.numpy(), weights)
+
+
 def test_a_model_longer_than_a_block_is_updated_to_its_last_element():
     w = Tensor(xp.zeros(150_001), requires_grad=True)
     adam = txl.Adam({"w": w}, lr=0.01)

@@ -77,26 +77,29 @@ def test_it_leaves_a_log_the_configuration_and_two_checkpoints(finished):
     config = json.loads((path / "config.json").read_text())
     assert config["model"]["d_model"] == 16 and config["settings"]["steps"] == 30 and config["corpus"]["name"] == "text"
     state = arrays(path / "checkpoint.npz")
-    assert {"adam/m", "adam/v", "memory/0", "parameters/embedding"} <= set(state)
+    assert {"adam/m", "adam/v", "adam/average", "memory/0", "parameters/embedding"} <= set(state)
     assert json.loads(state["meta"].item())["step"] == 30
 
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_the_log_is_that_of_the_plain_loop(folder, threads):
-    """Forward, backward, clip, Adam, next segment with the memory, an empty memory where the text begins again."""
+    """Forward, backward, clip, Adam, next segment with the memory, an empty memory where the text begins again. What is
+    evaluated and kept as the best is the average of the weights."""
     import train_shakespeare as command
     import txl
     name = f"plain{threads}"
     run(folder, "--data", "text", "--out", name, *SMALL, "--steps", "60", "--log-every", "1", "--eval-every", "30",
         "--threads", threads)
     with open(folder / name / "log.csv") as file:
-        log = [(float(row["loss"]), float(row["grad_norm"])) for row in csv.DictReader(file)]
+        rows = list(csv.DictReader(file))
+    log = [(float(row["loss"]), float(row["grad_norm"])) for row in rows]
     vocabulary = "".join(sorted(set(TEXT)))
     tokens = command.encode(TEXT, vocabulary)
     streams = command.Streams(tokens[:int(0.9 * len(tokens))], 4, 16, seed=1)
     assert 40 < streams.segments < 58                                # the 60 steps reach a second epoch
-    model = txl.TransformerXL(txl.Config(len(vocabulary), n_layer=1, n_head=2, d_model=16, d_ff=16, mem_len=16), seed=1)
-    adam, memory = txl.Adam(model.parameters(), betas=(0.9, 0.99), weight_decay=0.1, clip=1.0), None
+    model = txl.TransformerXL(txl.Config(len(vocabulary), n_layer=1, n_head=2, d_model=16, d_ff=16, mem_len=16,
+                                          activation="squared_relu"), seed=1)
+    adam, memory = txl.Adam(model.parameters(), betas=(0.9, 0.99), weight_decay=0.1, clip=1.0, average_over=100), None
     for step in range(60):
         x, y, fresh = streams.segment(step)
         loss, memory = txl.loss_and_memory(model, x, y, None if fresh else memory)
@@ -104,6 +107,10 @@ def test_the_log_is_that_of_the_plain_loop(folder, threads):
         norm = adam.step(txl.warmup_cosine(step, 60, 1e-2, warmup=6, final=1e-4))
         adam.zero_grad()
         assert log[step] == pytest.approx((loss.item(), float(norm)), rel=2e-3), step
+    with adam.averaged():
+        assert float(rows[-1]["val_loss"]) == pytest.approx(command.evaluate(model, tokens[len(streams.tokens):], 4, 16, 16, 1), rel=1e-3)
+        for parameter, kept in zip(adam.parameters, command.parameter_arrays(model)):
+            numpy.testing.assert_allclose(arrays(folder / name / "best.npz")[kept], parameter.data, rtol=0.02, atol=2e-3)
 
 
 def test_a_run_is_not_overwritten_unless_asked(folder, finished):
