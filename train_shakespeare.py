@@ -9,9 +9,9 @@
     python train_shakespeare.py --eval                  loss of the trained model on the held-out text
     python train_shakespeare.py --plot                  draw the run's loss curve, and how far back its layers look
 
-A run lives in one directory (--out): checkpoint.npz (latest state), best.npz (lowest validation loss), log.csv,
-config.json. Exit status: 0 done, 1 failed, 2 bad arguments, 130 or 143 after Ctrl-C or SIGTERM (while training the first
-signal writes the checkpoint; the second ends at once).
+A run lives in one directory (--out): checkpoint.npz (latest state), best.npz (lowest validation loss; its weights are
+the average that Adam keeps), log.csv, config.json. Exit status: 0 done, 1 failed, 2 bad arguments, 130 or 143 after
+Ctrl-C or SIGTERM (while training the first signal writes the checkpoint; the second ends at once).
 """
 # To understand training, read section 3, `forward_backward` and the loop in section 7. The rest keeps input honest (1, 2),
 # cores busy (4) and files whole (6), and uses what was learned (5, 8).
@@ -106,10 +106,10 @@ FIXED = {
     "weight_decay": (0.1, number(float, 0), "decay of the weight matrices, as a multiple of the learning rate"),
     "seed": (1, whole, "of the initial weights, of dropout, of where epochs begin, and of --generate")}
 FREE = {
-    "steps": (3900, positive, "training steps in all, over which the learning rate falls"),
+    "steps": (3600, positive, "training steps in all, over which the learning rate falls"),
     "eval_mem_len": (None, whole, "memory when evaluating and generating (default: --mem-len; with --eval a table of several)"),
     "log_every": (50, positive, "steps between log lines"),
-    "eval_every": (650, positive, "steps between evaluations, each with a checkpoint")}
+    "eval_every": (600, positive, "steps between evaluations, each with a checkpoint")}
 SETTINGS = {**FIXED, **FREE}
 ON_A_GPU = {"n_layer": 6, "n_head": 6, "d_model": 384, "d_ff": 1536, "mem_len": 256, "dropout": 0.2, "batch_size": 64,
             "seq_len": 256, "lr": 1e-3, "steps": 2000, "eval_every": 250}      # defaults there, where they differ
@@ -243,8 +243,10 @@ def download_tiny_shakespeare(seconds=5.0, limit=4_000_000):
     deadline, data = time.monotonic() + 6 * seconds, b""
     try:
         with urllib.request.urlopen(TINY_URL, timeout=seconds) as response:
-            while (part := response.read1(1 << 16)) and len(data) < limit and time.monotonic() < deadline:
+            while (part := response.read1(1 << 16)) and len(data) < limit:
                 data += part
+                if time.monotonic() > deadline:
+                    raise TimeoutError("too slow")
     except (OSError, http.client.HTTPException) as error:
         raise Failure(f"{TINY_URL.split('/')[2]}: {getattr(error, 'reason', error)}")
     return data
@@ -537,7 +539,7 @@ def figures(nats):
 # whatever happens, there is either the old file or the new one.
 VERSION = 1
 OF_ADAM = ("m", "v", "average")             # in a checkpoint to resume from
-OF_A_RUN = ("checkpoint.npz", "best.npz", "log.csv", "config.json")
+OF_A_RUN = ("checkpoint.npz", "best.npz", "log.csv", "config.json", "loss.png", "attention.png")
 
 
 def write_whole(path, data):

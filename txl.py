@@ -693,9 +693,9 @@ class Adam:
 
         a = a + max(1 / average_over, 10 / (9 + t)) (w - a)
 
-    At a high learning rate the weights jitter about the way they are going. Their running mean a, over the last tenth of the
-    steps or the last `average_over` (None: a is not kept), predicts as well as w would if the rate now fell. It takes no
-    part in training; evaluate with it, `with adam.averaged():` (Polyak and Juditsky 1992).
+    At a high learning rate the weights jitter about the way they are going. Their running mean a, over about the last tenth of
+    the steps so far and at most `average_over` of them (None: it is not kept), predicts as w would if the rate fell now
+    (Polyak and Juditsky 1992). Training does not use it; evaluation does, `with adam.averaged():`.
 
     The parameters are moved into one flat array, of which each `.data` becomes a view, so that a step is a dozen
     operations on long arrays instead of a dozen for each parameter.
@@ -787,7 +787,7 @@ class Adam:
 
     @contextlib.contextmanager
     def averaged(self):
-        """Within a `with` of this the parameters are their averages."""
+        """Inside `with adam.averaged():` the parameters are their averages."""
         current = self.value.copy()
         self.value[...] = self.average
         try:

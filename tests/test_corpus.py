@@ -146,6 +146,15 @@ def test_a_download_is_used_and_kept_only_if_its_hash_is_right(offline, monkeypa
     assert command.find_corpus(None)[0] == "To be, or not"              # from the copy
 
 
+def test_a_download_that_takes_too_long_is_given_up(offline, monkeypatch):
+    class Trickle(io.BytesIO):
+        def read1(self, n):
+            return b"x"
+    monkeypatch.setattr(command.urllib.request, "urlopen", lambda *_, **__: Trickle())
+    with pytest.raises(Failure, match="raw.githubusercontent.com: too slow"):
+        command.download_tiny_shakespeare(seconds=0.01)
+
+
 def test_a_damaged_copy_is_not_trusted(offline):
     (offline / "data").mkdir()
     (offline / "data" / "tinyshakespeare.txt").write_bytes(b"tampered")
