@@ -8,11 +8,11 @@ are predicted from almost nothing, although the text before them has just been r
 at a time mends the second when evaluating, at the price of computing everything T times over.
 
 (Attention, for whom it is new: each token's state is multiplied by three learned matrices to give a query, what it
-looks for, a key, what it offers, and a value, what it passes on. A query's dot products with all keys up to its own are
-its scores. A softmax makes them weights, and the token receives the values in these proportions, through a fourth matrix.
-(First the scores are divided by sqrt(d), where d is how many numbers a query has: a dot product of two vectors of d
-independent numbers of size 1 is about that large, and a softmax of large scores is all but a choice of one key.) Several heads
-do this side by side, each with its share of the width. A layer is attention followed by a small network for each token alone.)
+looks for, a key, what it offers, and a value, what it passes on. A query's dot products with all keys up to its own,
+divided by sqrt(d), are its scores, where d is how many numbers a query has: a dot product of two vectors of d independent
+numbers of mean 0 and size 1 is about sqrt(d) large, and a softmax of large scores is all but a choice of one key. The softmax
+makes them weights, and the token receives the values in these proportions, through a fourth matrix. Several heads do
+this side by side, each with its share of the width. A layer is attention followed by a small network for each token alone.)
 
 The answer. Keep what entered each layer for the previous segment (the embeddings for layer 1, layer 1's output for
 layer 2, …), and let the same layer attend to it in the next segment. With T = 4 tokens and a memory of M = 4 states:
@@ -25,14 +25,15 @@ layer 2, …), and let the same layer attend to it in the next segment. With T =
     embeddings             m  m  m  m       o  o  o  o       .  .  .  .
                            F  i  r  s       t  _  C  i       t  i  z  e
 
-The state O attended to the four o above "tize" and, in layer 2's memory, to the four m. The newest of these was made one
-segment earlier, in the same way: from the o of its own segment and from what was layer 1's memory then.
+The state O attended to the four o above "tize" and to the four m on their left, layer 2's memory. The newest of these m was
+made one segment earlier, in the same way, from the row below: the o under it and the m on their left, layer 1's memory then.
 
 Information flows along all lines, gradients only within the segment being trained. Every layer reaches one memory further
-back: N layers see N * M tokens beyond their segment (here 2 * 4; more where M is not a multiple of T, for the oldest state
-that is remembered saw its own segment from the beginning, and its memory: M + (N - 1) * T * ceil(M / T) in all). Each token is
-still computed only once. The cost: attention over M + T keys instead of T, M states a layer to keep, segments that must be
-read in the order of the text, and no learning of what would be good to keep.
+back: N layers see N * M tokens beyond their segment (here 2 * 4) if M, the full memory, is a multiple of T. In general it is
+M + (N - 1) * T * ceil(M / T): the oldest state in memory belongs to a segment that began T * ceil(M / T) tokens back, and saw
+all of that before it, and its memory. Each token is still computed only once. The cost: attention over M + T keys instead
+of T, M states a layer to keep, segments that must be read in the order of the text, and no learning of what would be good to
+keep.
 
 It needs one change to the Transformer: positions must be *relative*. Absolute positions, 0 … T-1 in each segment, are
 added to the embeddings and so are part of every state for good: those in memory would claim the same places as those of
@@ -51,7 +52,7 @@ Shapes are written in comments with these letters:
 
 (T is `tgt_len` in the authors' code, github.com/kimiyoung/transformer-xl. Its `ext_len`, tokens at the end of a segment to
 be read once more in the next, is left out; so are the adaptive softmax and embeddings, which characters do not need.
-"labml" is the annotated implementation at nn.labml.ai/transformers/xl.)
+Its PyTorch half is meant here. "labml" is the annotated implementation at nn.labml.ai/transformers/xl.)
 
 From autograd.py: `xp` is NumPy or CuPy. A Tensor is an array with a gradient; `.data` is the array. `@op` lists an operation
 for the tests, `arrays(…)` are its operands' arrays, and `result(y, (x, f))` is the Tensor of its value y, whose gradient g
@@ -86,9 +87,8 @@ class Config:
     positions     "sinusoid": the paper's. "learned": a learned vector and bias for each distance (Shaw et al. 2018)
     clamp_len     a larger distance is treated as this one; None: none is. "learned" needs it: its table has clamp_len + 1 rows
     activation    of the feed-forward's hidden values. "relu": the paper's. "squared_relu": its square (So et al. 2021)
-    same_length   True: each query sees itself and at most the mem_len keys before it, so that the last query of a segment
-                  sees no more keys than the first (the authors' code: one key less). False: the whole memory and all of
-                  its segment before it
+    same_length   True: each query sees itself and at most the mem_len keys before it, so that with a full memory all see
+                  as many (the authors' code: one key less). False: the whole memory and all of its segment before it
     """
     vocab_size: int
     n_layer: int = 4
@@ -184,9 +184,9 @@ def rel_shift(x):
         row i:   [K-1, K-2, …, 2, 1, 0]         the distance that each column stands for, the same in every row
 
     What row i wants is that list moved left by T-1-i places, so that distance 0 arrives at its own key j = M + i. Moving each
-    row by a different amount needs no loop. Read the rows off in one line, in which row i begins at place i K. It should
-    begin T-1-i places later, at i K + T-1-i = T-1 + i (K-1). So the first row begins at T-1, and each further one K-1 places
-    after the one before. For T = 3, K = 5 (each number a distance):
+    row by a different amount needs no loop. Write the rows one behind the other, in one line: row i begins at place i K of it.
+    Moved left by T-1-i, it begins with what stands T-1-i places later, at i K + T-1-i = T-1 + i (K-1): the first row at
+    T-1, and each further one K-1 places after the one before. For T = 3, K = 5 (each number a distance):
 
         4 3 2 1 0             4 3 2 1 0 4 3 2 1 0 4 3 2 1 0             2 1 0 4 3
         4 3 2 1 0     -->         ^       ^       ^             -->     3 2 1 0 4
@@ -196,14 +196,14 @@ def rel_shift(x):
     the next unshifted row begins. Those are keys in the future, which attention hides: weight 0, gradient 0.
 
     (The authors' code puts a column of zeros in front, drops the first T numbers of the line and reads rows of K: the
-    same numbers up to the diagonal, other rubbish beyond it. labml makes T columns more, for distances below 0 too, lines
+    same numbers up to the zeros, other rubbish beyond them. labml makes T columns more, for distances below 0 too, lines
     them up with the first query instead of the last and moves row i right by i, so its `shift_right` drops the end.)
 
     >>> rel_shift(Tensor([[4, 3, 2, 1, 0]] * 3)).numpy().tolist()
     [[2, 1, 0, 4, 3], [3, 2, 1, 0, 4], [4, 3, 2, 1, 0]]
 
-    Gradient: every number goes to the place in the line from which it came. The last of a row and the first of the next
-    came from the same one, so there the gradients add; the first T-1 of the line were left out and get 0.
+    Gradient: that of every number goes to the place in the line from which it came. The last of a row and the first of the
+    next came from the same one, so there the gradients add; the first T-1 of the line were left out and get 0.
     """
     return result(_rows_from_line(x.data, x.shape[-1]), (x, _shift_back))
 
@@ -367,10 +367,10 @@ def ones(shape, dtype):
     return Tensor(xp.ones(shape, dtype=dtype), requires_grad=True)
 
 
-# %% 4. The same attention, faster `attend` below computes what `mix` above computes with sinusoids and no attention dropout
-# (a test compares the two), in half of the time: with its gradient written out by hand it keeps no [T, K] array but the
-# softmax's numerators, and a block of scores is worked on while it is in the processor's cache. Skip it when reading for the
-# first time.
+# %% 4. The same attention, faster
+# `attend` below computes what `mix` above computes with sinusoids and no attention dropout (a test compares the two), in half
+# of the time: with its gradient written out by hand it keeps no [T, K] array but the softmax's numerators, and a block of
+# scores is worked on while it is in the processor's cache. Skip it when reading for the first time.
 #
 # Softmax normalises a row by its sum z. That division commutes with the product with the values, so it is done there,
 # on d numbers a query instead of K:    o = (E / z) values = (E values) / z    with  E = exp(score - largest of the row)
@@ -387,13 +387,14 @@ def ones(shape, dtype):
 #
 #     d_k = d_score^T (q + u)     d_(q+u) = d_score k     d_r = d_by_distance^T (q + v)     d_(q+v) = d_by_distance r
 #
-# d_q is the sum of d_(q+u) and d_(q+v), d_u the first of them summed over all queries, d_v the second. In the code q + u and
-# q + v are these divided by sqrt(d): d_k and d_r contain the factor, d_q, d_u and d_v are divided by sqrt(d) at the end.
+# d_q is the sum of d_(q+u) and d_(q+v), d_u the first of them summed over all queries, d_v the second. In the code
+# q_u and q_v are (q + u) / sqrt(d) and (q + v) / sqrt(d): d_k and d_r contain the factor, d_q, d_u and d_v get it at the end.
 #
 # The queries n … n+t-1 see the first M + n + t keys. For a block of them the problem is the same with that many keys,
 # whose distances are the last rows of r: what lies in the future of all of them is not computed at all. Blocks share keys
-# and distances, so gradients of those add up. Of keys and values, the last queries' block comes first: it sees all keys, so
-# its products fill the arrays, uninitialised until then, to which those of the others are added. (That of r starts from 0.)
+# and distances, so gradients of those add up. They are taken from the last queries to the first: the first one taken, of
+# the same heads and sequences, sees all keys, and its d_keys and d_values are written into new arrays; those of the others are
+# added to a part of them. (d_r, which sequences share too, starts from 0.)
 
 QUERIES, SCORES = 64, 1 << 17       # of a block, at most: half a megabyte (or more, if one head and one sequence have more)
 
@@ -491,7 +492,7 @@ class LayerNorm:
 class FeedForward:
     """relu(x W_1 + b_1) W_2 + b_2, position by position: [B, T, D] -> [B, T, D] through [B, T, d_ff].
 
-    Or with relu(…)^2, which train_shakespeare.py prefers: the same text is learned to a loss 0.01 lower.
+    Or with relu(…)^2, which train_shakespeare.py prefers: the validation loss there ends 0.01 lower.
     """
 
     def __init__(self, config, rng, dtype):
@@ -654,8 +655,8 @@ def attention_by_distance(model, tokens, memory):
     """How far back each layer looks: mean attention weights [n_layer, K], element n for the key n tokens back.
 
     The mean is over heads, sequences and those queries of `tokens` [B, T] that see so far; `memory` as in a call of model.
-    (max(M, T) states are asked for, so that each layer's input for this segment is among them; with same_length a query then
-    sees as many keys before it.)
+    (max(M, T) states are asked for, so that each layer's input for this segment is among them. With same_length that is also
+    how many keys before it a query sees then: give a full memory, and no more tokens than it has.)
     """
     B, T = tokens.shape
     M, config, rows = memory[0].shape[1], model.config, []
@@ -691,11 +692,13 @@ class Adam:
     Weight decay draws the matrices W_… (nothing else) towards 0. It stands outside the means: as part of g it would be divided
     by sqrt(v) and fade where gradients are large.
 
-        a = a + max(1 / average_over, 10 / (9 + t)) (w - a)
+        a = a + max(1 / average_over, 10 / (9 + t)) (w - a)        (after w)
 
-    At a high learning rate the weights jitter about the way they are going. Their running mean a, over about the last tenth of
-    the steps so far and at most `average_over` of them (None: it is not kept), predicts as w would if the rate fell now
-    (Polyak and Juditsky 1992). Training does not use it; evaluation does, `with adam.averaged():`.
+    At a high learning rate the weights jitter around the path they follow. a is their running mean: the newest w counts 1/n
+    with n = (9 + t) / 10, at most average_over, which gives two thirds of the weight to the last n steps or so. (At t = 1
+    a becomes w, so nothing of the zeros it starts from is left.) a predicts about as well as w would after the learning rate
+    had been brought down (Polyak and Juditsky 1992). Training does not use it; evaluation does, `with adam.averaged():`.
+    average_over=None: it is not kept.
 
     The parameters are moved into one flat array, of which each `.data` becomes a view, so that a step is a dozen
     operations on long arrays instead of a dozen for each parameter.
@@ -787,7 +790,7 @@ class Adam:
 
     @contextlib.contextmanager
     def averaged(self):
-        """Inside `with adam.averaged():` the parameters are their averages."""
+        """Inside `with adam.averaged():` the parameters are their averages. (There is one after the first step.)"""
         current = self.value.copy()
         self.value[...] = self.average
         try:
