@@ -36,6 +36,7 @@ import math
 import multiprocessing
 import pathlib
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -115,14 +116,11 @@ ON_A_GPU = {"n_layer": 6, "n_head": 6, "d_model": 384, "d_ff": 1536, "mem_len": 
             "seq_len": 256, "lr": 1e-3, "steps": 2000, "eval_every": 250}      # defaults there, where they differ
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"{self.prog}: {message} (see --help)\n")
-
-
 def parse_arguments(argv=None):
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message} (see --help)\n")
 
     what = parser.add_argument_group("what to do").add_mutually_exclusive_group()
     what.add_argument("--resume", action="store_true", help="continue the run in --out")
@@ -247,7 +245,7 @@ def download_tiny_shakespeare(seconds=5.0, limit=4_000_000):
                 data += part
                 if time.monotonic() > deadline:
                     raise TimeoutError("too slow")
-    except (OSError, http.client.HTTPException) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:        # ValueError: a proxy's address that is none
         raise Failure(f"{TINY_URL.split('/')[2]}: {getattr(error, 'reason', error)}")
     return data
 
@@ -336,7 +334,7 @@ class Streams:
     """
 
     def __init__(self, tokens, batch_size, seq_len, seed):
-        self.tokens, self.batch_size, self.seq_len, self.seed, self.epoch = tokens, batch_size, seq_len, seed, None
+        self.tokens, self.batch_size, self.seq_len, self.seed = xp.asarray(tokens), batch_size, seq_len, seed
         self.segments = ((len(tokens) - seq_len) // batch_size - 1) // seq_len
         if self.segments < 1:
             raise Failure(f"the training text has {len(tokens)} characters, too few for batch size {batch_size} and "
@@ -346,12 +344,9 @@ class Streams:
     def segment(self, step):
         """(tokens [B, T], targets [B, T], True if the memory must be empty)."""
         epoch, n = divmod(step, self.segments)
-        if epoch != self.epoch:
-            start = int(numpy.random.default_rng([self.seed, epoch]).integers(self.seq_len))
-            text = self.tokens[start:start + len(self.tokens) - self.seq_len]
-            self.rows, self.epoch = xp.asarray(in_rows(text, self.batch_size)), epoch       # on the device, once an epoch
-        at = n * self.seq_len
-        return self.rows[:, at:at + self.seq_len], self.rows[:, at + 1:at + self.seq_len + 1], n == 0
+        start, at = int(numpy.random.default_rng([self.seed, epoch]).integers(self.seq_len)), n * self.seq_len
+        rows = in_rows(self.tokens[start:start + len(self.tokens) - self.seq_len], self.batch_size)
+        return rows[:, at:at + self.seq_len], rows[:, at + 1:at + self.seq_len + 1], n == 0
 
 
 # %% 4. Workers, and their memory
@@ -364,16 +359,12 @@ class Streams:
 #
 # (To read on it is enough to know that `workers(function, x)` is [function(part, x) for part in parts], computed at once.)
 
-class WorkerError(RuntimeError):
-    """A worker process could not be started, or has ended before its answer."""
-
-
 def handle_signals(handler):
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, handler)
 
 
-class Workers:
+class Workers(contextlib.AbstractContextManager):
     """Calls a function for several parts at once: the first in this process, each other in a fork of it.
 
         with Workers([rows_0, rows_1], [evaluate]) as workers:
@@ -382,7 +373,7 @@ class Workers:
     The processes start with everything there is when Workers(…) is called and stay until the end of the `with`, so a function
     finds what its earlier call for the same part left behind. What it changes stays in its process, except in arrays of
     `shared_zeros`. Arguments and results travel through a pipe and are plain data or arrays. The first exception of a part
-    is raised here, once all parts have answered; a process that has ended is a WorkerError. On other systems than Linux,
+    is raised here, once all parts have answered; a process that has ended is a Failure. On other systems than Linux,
     where fork is missing or unsafe, the parts run in threads; on a GPU there can be only one.
     """
 
@@ -405,7 +396,7 @@ class Workers:
         except BaseException as error:
             self.close()
             if isinstance(error, OSError):
-                raise WorkerError(f"cannot start a worker process ({error.strerror}): lower --threads") from error
+                raise Failure(f"cannot start a worker process ({error.strerror}): lower --threads") from error
             raise
 
     def _serve(self, part, pipe):
@@ -449,8 +440,7 @@ class Workers:
             except BaseException as error:              # Ctrl-C too: the answers still in the pipes would come next time
                 self.close()
                 if isinstance(error, (EOFError, OSError)):
-                    raise WorkerError("a worker process has ended unexpectedly; most often the system had no memory "
-                                      "left") from error
+                    raise Failure("a worker process has ended unexpectedly; most often the system had no memory left") from error
                 raise
         for _, error in answers:
             if error is not None:
@@ -466,9 +456,6 @@ class Workers:
             process.join()
         if self.threads:
             self.threads.shutdown(wait=False, cancel_futures=True)
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, *exception):
         self.close()
@@ -496,7 +483,7 @@ def evaluate(model, tokens, batch_size, seq_len, mem_len, threads, stop=False):
     The text is read as up to batch_size contiguous streams, each from an empty memory. NaN if `stop` became true on the way.
     """
     n = len(tokens) - 1
-    batch_size = max(1, min(batch_size, n // (8 * (seq_len + mem_len))))     # long streams: few tokens without full memory
+    batch_size = streams_of(n, batch_size, seq_len, mem_len)
     padded = numpy.append(tokens, numpy.full(-n % batch_size, -1))           # to full rows; a target of -1 does not count
     inputs, targets = in_rows(padded[:-1].clip(0), batch_size), in_rows(padded[1:], batch_size)
 
@@ -518,6 +505,11 @@ def evaluate(model, tokens, batch_size, seq_len, mem_len, threads, stop=False):
         return math.fsum(float(part) for part in workers(total)) / n
 
 
+def streams_of(n, batch_size, seq_len, mem_len):
+    """Into how many streams to cut n tokens: at most batch_size, and long ones, so that few tokens lack a full memory."""
+    return max(1, min(batch_size, n // (8 * (seq_len + mem_len))))
+
+
 def row_parts(batch_size, threads):
     """Row indices of a batch, divided among workers as evenly as it goes: a list of slices. A GPU takes all at once."""
     parts = min(threads, batch_size) if xp.module is numpy else 1
@@ -525,13 +517,8 @@ def row_parts(batch_size, threads):
     return [slice(*edge) for edge in zip(edges, edges[1:])]
 
 
-def bits_and_perplexity(nats):
-    return nats / math.log(2), math.exp(min(nats, 700))
-
-
 def figures(nats):
-    bits, perplexity = bits_and_perplexity(nats)
-    return f"{nats:.4f} nats, {bits:.4f} bits per character, perplexity {perplexity:.3f}"
+    return f"{nats:.4f} nats, {nats / math.log(2):.4f} bits per character, perplexity {numpy.exp(nats):.3f}"
 
 
 # %% 6. Files
@@ -568,14 +555,13 @@ def save(path, meta, arrays):
 
 def load(path):
     """(meta, arrays) of a checkpoint; Failure if it is none. Nothing in the file is trusted before it has been checked."""
+    data = read_file(path)
     try:
-        arrays = read_arrays(read_file(path))
+        arrays = read_arrays(data)
         meta = json.loads(arrays.pop("meta").item())
         if meta["version"] != VERSION:
-            raise Failure(f"{path} has format version {meta['version']}, this program reads version {VERSION}")
+            raise ValueError(f"format version {meta['version']}; this program reads version {VERSION}")
         check(meta, arrays)
-    except Failure:
-        raise
     except Exception as error:                  # whatever zipfile, NumPy, JSON and the checks find wrong with it
         raise Failure(f"{path} is not a checkpoint of this program, or it is damaged ({error})".replace("\n", " "))
     return meta, arrays
@@ -587,11 +573,10 @@ def read_arrays(data):
     So a file cannot make this program take more memory than a few times its own size: NumPy reads an array piece by piece
     and gives up where its part ends, and what an array only declares is never touched.
     """
-    with zipfile.ZipFile(io.BytesIO(data)) as file:
-        entries = file.infolist()
+    with numpy.load(io.BytesIO(data), allow_pickle=False) as file:
+        entries = file.zip.infolist()
         if sum(entry.file_size for entry in entries) > len(data) or any(entry.compress_type for entry in entries):
             raise ValueError("it is compressed or declares more than it holds")
-    with numpy.load(io.BytesIO(data), allow_pickle=False) as file:
         return dict(file)
 
 
@@ -603,23 +588,30 @@ def is_number(value):
     return type(value) is float and abs(value) < 1e39 or type(value) is int and abs(value) < 2**53      # not NaN
 
 
+def configuration(settings, vocab_size):
+    clamp_len = settings["seq_len"] + settings["mem_len"] - 1 if settings["positions"] == "learned" else None
+    fields = ("n_layer", "n_head", "d_model", "d_ff", "mem_len", "dropout", "positions", "activation")
+    try:
+        return Config(vocab_size, clamp_len=clamp_len, **{name: settings[name] for name in fields})
+    except ValueError as error:
+        raise Failure(str(error).replace("_", "-"), status=2)
+
+
 def check(meta, arrays):
     """Raise ValueError (or what a wrong type leads to) unless a checkpoint is consistent in itself."""
     config, vocabulary, settings, corpus = Config(**meta["model"]), meta["vocabulary"], meta["settings"], meta["corpus"]
-    if "".join(sorted(set(vocabulary))) != vocabulary or len(vocabulary) != config.vocab_size:
-        raise ValueError("its vocabulary is not the model's")
+    if "".join(sorted(set(vocabulary))) != vocabulary:
+        raise ValueError("its vocabulary is not sorted")
     if settings.keys() != SETTINGS.keys():
         raise ValueError("settings are missing or unknown")
     for name, (default, parse, _) in SETTINGS.items():
         value = settings[name]
-        if not (value is None and default is None) and (isinstance(value, bool) or parse(str(value)) != value):
+        if (value, default) != (None, None) and parse(str(value)) != value:
             raise ValueError(f"{name} is {value!r}")
-        if name in meta["model"] and value != meta["model"][name]:
-            raise ValueError(f"{name} of the run and of the model differ")
+    if config != configuration(settings, len(vocabulary)):
+        raise ValueError("its model is not that of its settings and its vocabulary")
     if not all(isinstance(corpus[name], str) for name in ("name", "sha256")) or not is_count(meta["step"]):
         raise ValueError("its corpus or its step is missing")
-    if (config.clamp_len or 0) > 2 * 10**9:
-        raise ValueError("its clamp_len is absurd")
     for name, array in arrays.items():
         if array.dtype != numpy.float32 or not numpy.isfinite(array).all():
             raise ValueError(f"{name} has values that are not finite or not float32")
@@ -641,8 +633,8 @@ def memory_to_resume(meta, arrays, path):
         if not isinstance(meta["log"], list) or not all(len(row) == 7 and is_count(row[0]) and 0 < row[0] <= meta["step"]
                                                         and all(x is None or is_number(x) for x in row) for row in meta["log"]):
             raise ValueError("its log is wrong")
-        if not (all(is_number(meta[name]) for name in ("seconds", "loss_sum", "grad_norm")) and is_count(meta["loss_steps"])
-                and meta["loss_steps"] <= meta["step"] and (meta["best"] is None or is_number(meta["best"]))):
+        if not (all(is_number(meta[name]) for name in ("seconds", "loss_sum", "grad_norm"))
+                and (meta["best"] is None or is_number(meta["best"]))):
             raise ValueError("its running figures are wrong")
         return memory
     except (KeyError, TypeError, ValueError, IndexError) as error:
@@ -710,9 +702,8 @@ def clock(seconds):
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
-def check_size(config, settings):
+def check_size(config, B, T, M):
     """Failure if the model, or one step on one batch, cannot fit into this machine's memory."""
-    B, T, M = settings["batch_size"], settings["seq_len"], settings["mem_len"]
     rows = 2 * config.d_ff + 12 * config.d_model + config.n_head * (M + T)      # kept for each token and layer, roughly
     needed = 4 * (6 * config.parameter_count() + config.n_layer * B * (T * rows + 3 * M * config.d_model))
     if xp.module is numpy and "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):      # a GPU says so itself, in time
@@ -754,15 +745,6 @@ def corpus_to_train_on(args, meta):
     return text, corpus, vocabulary
 
 
-def configuration(settings, vocab_size):
-    clamp_len = settings["seq_len"] + settings["mem_len"] - 1 if settings["positions"] == "learned" else None
-    fields = ("n_layer", "n_head", "d_model", "d_ff", "mem_len", "dropout", "positions", "activation")
-    try:
-        return Config(vocab_size, clamp_len=clamp_len, **{name: settings[name] for name in fields})
-    except ValueError as error:
-        raise Failure(str(error).replace("_", "-"), status=2)
-
-
 def train(args):
     """Train until --steps, or until asked to stop; returns the exit status."""
     settings, meta, arrays = new_or_resumed(args)
@@ -772,27 +754,24 @@ def train(args):
     eval_mem_len = settings["mem_len"] if settings["eval_mem_len"] is None else settings["eval_mem_len"]
     training, held_out = split(encode(text, vocabulary))
     streams = Streams(training, batch_size, seq_len, settings["seed"])
-    check_size(config, settings)
+    check_size(config, batch_size, seq_len, settings["mem_len"])
     model = TransformerXL(config, seed=settings["seed"])
     slices = row_parts(batch_size, args.threads)
-    memories = [None] * len(slices)         # each process keeps the memory of its own rows
-    step, best, log, before, loss_sum, loss_steps, norm = 0, None, [], 0.0, 0.0, 0, 0.0
+    adam = Adam(model.parameters(), betas=(0.9, 0.99), weight_decay=settings["weight_decay"], clip=1.0, average_over=100,
+                parts=len(slices))
+    step, best, log, before, loss_sum, norm, memory = 0, None, [], 0.0, 0.0, 0.0, []
     if meta:
         restore(model, arrays, args.out / "checkpoint.npz")
         memory = memory_to_resume(meta, arrays, args.out / "checkpoint.npz")
-        step, best, log, before, loss_sum, loss_steps, norm = (
-            meta[name] for name in ("step", "best", "log", "seconds", "loss_sum", "loss_steps", "grad_norm"))
-        if memory:
-            memories = [[xp.asarray(layer[rows]) for layer in memory] for rows in slices]
+        step, best, log, before, loss_sum, norm = (
+            meta[name] for name in ("step", "best", "log", "seconds", "loss_sum", "grad_norm"))
         if step > steps or step == steps and log and log[-1][0] == step:
             print(f"the run in {args.out} is at step {step} already; --steps N with a larger N trains on")
             return 0
-    adam = Adam(model.parameters(), betas=(0.9, 0.99), weight_decay=settings["weight_decay"], clip=1.0, average_over=100,
-                parts=len(slices))
-    if meta:
         adam.t = step
         for name in OF_ADAM:
             getattr(adam, name)[...] = xp.asarray(arrays[f"adam/{name}"])
+    memories = [[xp.asarray(layer[rows]) for layer in memory] for rows in slices]   # each process keeps that of its own rows
     about = {"model": dataclasses.asdict(config), "settings": settings, "corpus": corpus}
     try:
         args.out.mkdir(parents=True, exist_ok=True)
@@ -823,6 +802,9 @@ def train(args):
     def seconds():
         return before + time.perf_counter() - began
 
+    def logged():
+        return log[-1][0] if log else 0         # the step of the last line
+
     def check_finite(what, *values):
         if not all(xp.isfinite(xp.asarray(value)).all() for value in values):
             raise Failure(f"{what} is not finite at step {step}: start again with a lower --lr than {lr:g}; "
@@ -838,18 +820,16 @@ def train(args):
         """Everything the next step depends on, but for --threads, which changes rounding and dropout. (Its place in the text
         and its random numbers follow from the seed, the step and the part.)"""
         check_finite("the loss or its gradient", loss_sum, norm, adam.value)
-        memory = {}
-        if memories[0] is not None:
-            memory = {f"memory/{i}": xp.concatenate(layers) for i, layers in enumerate(zip(*workers(memory_of)))}
+        memory = {f"memory/{i}": xp.concatenate(layers) for i, layers in enumerate(zip(*workers(memory_of)))}
         checkpoint("checkpoint.npz", {"best": best, "log": log, "seconds": seconds(), "loss_sum": float(loss_sum),
-                                      "loss_steps": loss_steps, "grad_norm": float(norm)},
+                                      "grad_norm": float(norm)},
                    {**parameter_arrays(model), **memory, **{f"adam/{name}": getattr(adam, name) for name in OF_ADAM}})
 
     def report(due):
         """Log the steps since the last line; where an evaluation is `due`, also evaluate, write the checkpoints and a sample."""
-        nonlocal best, loss_sum, loss_steps, since, since_step
+        nonlocal best, loss_sum, since, since_step
         check_finite("the loss or its gradient", loss_sum, norm, adam.value)
-        mean_loss, grad_norm, val_loss = float(loss_sum) / max(1, loss_steps), float(norm), None
+        mean_loss, grad_norm, val_loss = float(loss_sum) / (step - logged()), float(norm), None
         made = step - since_step                # none, if a resumed run begins with an evaluation
         speed = made * batch_size * seq_len / (time.perf_counter() - since) if made else None
         if due:
@@ -861,7 +841,7 @@ def train(args):
                 if best is None or val_loss < best:
                     best = val_loss
                     checkpoint("best.npz", {"val_loss": val_loss}, parameter_arrays(model))
-        loss_sum, loss_steps = 0.0, 0
+        loss_sum = 0.0
         log.append([step, round(mean_loss, 6), val_loss and round(val_loss, 6), rate(step - 1), round(grad_norm, 6),
                     speed and round(speed, 1), round(seconds(), 2)])
         left = (seconds() - before) / (step - began_step) * (steps - step) if made else math.nan
@@ -886,13 +866,13 @@ def train(args):
         while not stop:
             # First what is due after the step before, so that a run stopped there begins with it when it is resumed.
             due = step % settings["eval_every"] == 0 or step == steps
-            if (due or step % settings["log_every"] == 0) and step != (log[-1][0] if log else 0):
+            if (due or step % settings["log_every"] == 0) and step != logged():
                 report(due)
             if stop or step == steps:
                 break
             loss_sum = sum(workers(forward_backward, step), loss_sum)
             norm = adam.step(rate(step), workers)               # two calls: adam.add_up, then adam.update
-            step, loss_steps = step + 1, loss_steps + 1
+            step += 1
 
         if stop:
             save_all()
@@ -904,7 +884,7 @@ def train(args):
         show(f"lowest validation loss {figures(best)}: {args.out / 'best.npz'}")
     start = "ROMEO:" if set("ROMEO:") <= set(vocabulary) else vocabulary[-1]
     show(f'let it write: python train_shakespeare.py --generate "{start}"'
-         + ("" if args.out == pathlib.Path("runs/shakespeare") else f" --out {args.out}"))
+         + ("" if args.out == pathlib.Path("runs/shakespeare") else f" --out {shlex.quote(str(args.out))}"))
     return 0
 
 
@@ -939,14 +919,15 @@ def evaluate_run(args):
     batch_size, seq_len = (getattr(args, name) or meta["settings"][name] for name in ("batch_size", "seq_len"))
     lengths = [chosen] if args.eval_mem_len is not None else sorted(
         {int(f * model.config.mem_len) for f in (0, 0.5, 1, 2, 4)} | {chosen})
-    check_size(model.config, {"batch_size": batch_size, "seq_len": seq_len, "mem_len": lengths[-1]})
+    for mem_len in lengths:
+        check_size(model.config, streams_of(n, batch_size, seq_len, mem_len), seq_len, min(mem_len, n))
     print(f"step {meta['step']}, {n:,} characters of {corpus['name']}")
     print(f"{'memory':>8}{'nats':>10}{'bits a character':>20}{'perplexity':>14}{'characters/s':>16}")
     for mem_len in lengths:
         began = time.perf_counter()
         nats = evaluate(model, held_out, batch_size, seq_len, mem_len, args.threads)
-        bits, perplexity = bits_and_perplexity(nats)
-        print(f"{mem_len:8}{nats:10.4f}{bits:20.4f}{perplexity:14.4f}{n / (time.perf_counter() - began):16,.0f}", flush=True)
+        speed = n / (time.perf_counter() - began)
+        print(f"{mem_len:8}{nats:10.4f}{nats / math.log(2):20.4f}{numpy.exp(nats):14.4f}{speed:16,.0f}", flush=True)
 
 
 def generate_text(args):
@@ -974,13 +955,11 @@ def plot(args):
     if not curves["loss"]:
         raise Failure(f"{path} has no steps to draw yet")
     try:
-        import matplotlib
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
+        from matplotlib.figure import Figure
     except ImportError:
         raise Failure("--plot needs matplotlib, which is not installed: pip install matplotlib")
 
-    _, axes = pyplot.subplots(figsize=(8, 4.5))
+    axes = Figure(figsize=(8, 4.5)).subplots()
     axes.plot(*zip(*curves["loss"]), label="training", color="tab:blue", alpha=0.6)
     if curves["val_loss"]:
         axes.plot(*zip(*curves["val_loss"]), label="validation", color="tab:orange", marker="o")
@@ -988,12 +967,12 @@ def plot(args):
 
     meta, model, mem_len = trained(args)
     T = meta["settings"]["seq_len"]
-    check_size(model.config, {"batch_size": 16, "seq_len": T, "mem_len": mem_len})
+    check_size(model.config, 16, T, mem_len)
     weights = mean_attention(model, held_out_text(args, meta)[1], T, mem_len)
     if weights is None:
         print(f"{args.out / 'attention.png'} is not drawn: the held-out text is too short to fill a memory of {mem_len}")
         return
-    _, axes = pyplot.subplots(figsize=(8, 4.5))
+    axes = Figure(figsize=(8, 4.5)).subplots()
     for layer, row in enumerate(weights, start=1):
         axes.plot(row, label=f"layer {layer}")
     axes.axvline(T, color="gray", linestyle="--")
@@ -1042,6 +1021,7 @@ def complain(message, status=1):
 def main(argv=None):
     """Run the command; returns the exit status."""
     args = parse_arguments(argv)
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))     # closed: `>&-`
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")        # a terminal that cannot show a character shows a question mark
@@ -1051,7 +1031,7 @@ def main(argv=None):
         numpy.seterr(all="ignore")              # what is not finite is found where it matters, and said in one line
         command = {"eval": evaluate_run, "plot": plot, "generate": generate_text, "train": train}[args.mode]
         return command(args) or 0
-    except (Failure, DeviceError, WorkerError) as failure:
+    except (Failure, DeviceError) as failure:
         return complain(failure, getattr(failure, "status", 1))
     except MemoryError:
         return complain("not enough memory: lower --batch-size, --seq-len, --mem-len or the size of the model")

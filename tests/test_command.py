@@ -226,7 +226,7 @@ def test_a_checkpoint_that_is_none_or_only_half_of_one_is_refused_in_one_line(fo
     assert "are not those of its model" in spoiled("parameter", lambda meta, state: state.pop("parameters/b_out"))
     assert "embedding is missing or has the wrong shape" in spoiled("shape", lambda meta, state: state.update(
         {"parameters/embedding": state["parameters/embedding"].T}))
-    assert "n_layer of the run and of the model differ" in spoiled("layers", lambda meta, state: meta["settings"].update(n_layer=7))
+    assert "its model is not that of its settings" in spoiled("layers", lambda meta, state: meta["settings"].update(n_layer=7))
     assert "not finite" in spoiled("nan", lambda meta, state: state["parameters/b_out"].fill(numpy.nan))
     pickled = folder / "pickled"
     pickled.mkdir(exist_ok=True)

@@ -6,7 +6,7 @@ import numpy
 import pytest
 
 from autograd import Tensor, leaf_gradients, shared_zeros, tanh, to_numpy, xp
-from train_shakespeare import WorkerError, Workers
+from train_shakespeare import Failure, Workers
 
 pytestmark = pytest.mark.skipif(xp.module is not numpy, reason="a GPU takes the whole batch at once")
 
@@ -65,7 +65,7 @@ def test_a_worker_that_dies_is_one_clear_error():
         if part == 1:
             os._exit(1)
     with Workers(range(2), [die]) as workers:
-        with pytest.raises(WorkerError, match="worker process has ended unexpectedly"):
+        with pytest.raises(Failure, match="worker process has ended unexpectedly"):
             workers(die)
 
 
