@@ -107,10 +107,10 @@ FIXED = {
     "weight_decay": (0.1, number(float, 0), "decay of the weight matrices, as a multiple of the learning rate"),
     "seed": (1, whole, "of the initial weights, of dropout, of where epochs begin, and of --generate")}
 FREE = {
-    "steps": (3600, positive, "training steps in all, over which the learning rate falls"),
+    "steps": (3920, positive, "training steps in all, over which the learning rate falls"),
     "eval_mem_len": (None, whole, "memory when evaluating and generating (default: --mem-len; with --eval a table of several)"),
     "log_every": (50, positive, "steps between log lines"),
-    "eval_every": (600, positive, "steps between evaluations, each with a checkpoint")}
+    "eval_every": (560, positive, "steps between evaluations, each with a checkpoint")}
 SETTINGS = {**FIXED, **FREE}
 ON_A_GPU = {"n_layer": 6, "n_head": 6, "d_model": 384, "d_ff": 1536, "mem_len": 256, "dropout": 0.2, "batch_size": 64,
             "seq_len": 256, "lr": 1e-3, "steps": 2000, "eval_every": 250}      # defaults there, where they differ
