@@ -2,7 +2,7 @@
 # %% Train a Transformer-XL on Shakespeare
 """Train a character-level Transformer-XL on Tiny Shakespeare, evaluate it, and let it write.
 
-    python train_shakespeare.py                         train (six to seven minutes on two CPU cores)
+    python train_shakespeare.py                         train (about six minutes on two CPU cores)
     python train_shakespeare.py --device gpu            a larger model on a CUDA GPU, with CuPy
     python train_shakespeare.py --resume                continue an interrupted run
     python train_shakespeare.py --generate "ROMEO:"     let the trained model continue a text
