@@ -873,7 +873,10 @@ class CachedLayer:
 
     def feed_forward(self, h):
         part = self.layer.feed_forward
-        return part.activation(h @ part.W_1.data + part.b_1.data).data @ part.W_2.data + part.b_2.data
+        hidden = xp.maximum(h @ part.W_1.data + part.b_1.data, 0)
+        if self.layer.config.activation == "squared_relu":
+            hidden *= hidden
+        return hidden @ part.W_2.data + part.b_2.data
 
 
 def normed(h, norm, eps=1e-5):
