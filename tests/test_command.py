@@ -243,6 +243,18 @@ def test_overwriting_a_run_leaves_nothing_of_the_old_one(folder):
 
 # %% A trained model
 
+def test_a_memory_longer_than_the_text_is_evaluated_with_what_there_is(folder, finished):
+    longer, whole = (run(folder, "--data", "text", "--out", "run", "--eval", "--eval-mem-len", M).stdout.split()[-4]
+                     for M in (10**9 - 1, len(TEXT)))
+    assert longer == whole
+
+
+def test_a_closed_output_is_no_error(folder, finished):
+    done = subprocess.run(f"'{sys.executable}' '{SCRIPT}' --data text --out run --eval --eval-mem-len 16 >&-", shell=True, cwd=folder,
+                          stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_eval_gives_the_loss_of_the_best_checkpoint(folder, finished):
     _, out = finished
     best = min(float(value) for value in re.findall(r"  val (\d\.\d+)", out))

@@ -155,6 +155,14 @@ def test_a_download_that_takes_too_long_is_given_up(offline, monkeypatch):
         command.download_tiny_shakespeare(seconds=0.01)
 
 
+def test_a_proxy_that_is_no_address_is_said_in_one_line(monkeypatch):
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("https_proxy", "http:/proxy:3128")
+    with pytest.raises(Failure, match="raw.githubusercontent.com: .*proxy"):
+        command.download_tiny_shakespeare()
+
+
 def test_a_damaged_copy_is_not_trusted(offline):
     (offline / "data").mkdir()
     (offline / "data" / "tinyshakespeare.txt").write_bytes(b"tampered")
