@@ -590,7 +590,7 @@ def is_number(value):
 
 def configuration(settings, vocab_size):
     clamp_len = settings["seq_len"] + settings["mem_len"] - 1 if settings["positions"] == "learned" else None
-    fields = ("n_layer", "n_head", "d_model", "d_ff", "mem_len", "dropout", "positions", "activation")
+    fields = settings.keys() & {field.name for field in dataclasses.fields(Config)}
     try:
         return Config(vocab_size, clamp_len=clamp_len, **{name: settings[name] for name in fields})
     except ValueError as error:
@@ -827,10 +827,10 @@ def train(args):
 
     def report(due):
         """Log the steps since the last line; where an evaluation is `due`, also evaluate, write the checkpoints and a sample."""
-        nonlocal best, loss_sum, since, since_step
+        nonlocal best, loss_sum, since
         check_finite("the loss or its gradient", loss_sum, norm, adam.value)
         mean_loss, grad_norm, val_loss = float(loss_sum) / (step - logged()), float(norm), None
-        made = step - since_step                # none, if a resumed run begins with an evaluation
+        made = step - max(logged(), began_step)     # none, if a resumed run begins with an evaluation
         speed = made * batch_size * seq_len / (time.perf_counter() - since) if made else None
         if due:
             with adam.averaged():
@@ -855,13 +855,14 @@ def train(args):
                 with adam.averaged():
                     sample = list(generate(model, [0], 160, 0.8, mem_len=eval_mem_len))     # 0: most often the end of a line
                 show("    " + "".join(vocabulary[t] for t in sample).strip().replace("\n", "\n    "))
-        since, since_step = time.perf_counter(), step
+        since = time.perf_counter()
 
     stop = Stop()
     show(f"corpus: {corpus['name']}, {corpus['characters']:,} characters, {len(vocabulary)} different")
     show(f"model: {adam.value.size:,} parameters; {batch_size} x {seq_len} characters a step, memory "
          f"{settings['mem_len']}; run in {args.out}" + (f", resumed at step {step}" if step else ""))
-    began, began_step = since, since_step = time.perf_counter(), step
+    began = since = time.perf_counter()
+    began_step = step
     with Workers(range(len(slices)), [forward_backward, memory_of, adam.add_up, adam.update]) as workers:
         while not stop:
             # First what is due after the step before, so that a run stopped there begins with it when it is resumed.

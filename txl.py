@@ -497,7 +497,8 @@ class FeedForward:
 
     def __init__(self, config, rng, dtype):
         D, F = config.d_model, config.d_ff
-        self.dropout, self.activation = config.dropout, relu if config.activation == "relu" else squared_relu
+        self.dropout = config.dropout
+        self.activation = relu if config.activation == "relu" else squared_relu
         self.W_1, self.b_1 = weight(rng, (D, F), dtype), zeros(F, dtype)
         self.W_2, self.b_2 = weight(rng, (F, D), dtype, scale=1 / math.sqrt(2 * config.n_layer)), zeros(D, dtype)
 
@@ -698,7 +699,7 @@ class Adam:
     with n = (9 + t) / 10, at most average_over, which gives two thirds of the weight to the last n steps or so. (At t = 1
     a becomes w, so nothing of the zeros it starts from is left.) a predicts about as well as w would after the learning rate
     had been brought down (Polyak and Juditsky 1992). Training does not use it; evaluation does, `with adam.averaged():`.
-    average_over=None: it is not kept.
+    average_over=None: a is w.
 
     The parameters are moved into one flat array, of which each `.data` becomes a view, so that a step is a dozen
     operations on long arrays instead of a dozen for each parameter.
@@ -714,7 +715,7 @@ class Adam:
         self.weight_decay, self.average_over, self.t = weight_decay, average_over, 0
         n, dtype = sum(p.size for p in self.parameters), self.parameters[0].dtype
         self.value, self.m, self.v = (shared_zeros((n,), dtype) for _ in range(3))
-        self.average = shared_zeros((n,), dtype) if average_over else None
+        self.average = shared_zeros((n,), dtype) if average_over else self.value
         self.gradient = shared_zeros((parts, n), dtype)
         self.decayed = xp.concatenate([xp.full(p.size, name.split(".")[-1].startswith("W"), dtype=dtype)
                                        for name, p in parameters.items()])

@@ -92,6 +92,12 @@ def test_the_average_follows_the_weights_over_a_tenth_of_the_steps_or_so_many_an
     numpy.testing.assert_array_equal(w.numpy(), weights)
 
 
+def test_without_an_average_the_parameters_stay_as_they_are():
+    w = Tensor(xp.asarray([1.0, -2.0]), requires_grad=True)
+    with txl.Adam({"w": w}).averaged():
+        assert w.numpy().tolist() == [1, -2]
+
+
 def test_a_model_longer_than_a_block_is_updated_to_its_last_element():
     w = Tensor(xp.zeros(150_001), requires_grad=True)
     adam = txl.Adam({"w": w}, lr=0.01)

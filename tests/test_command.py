@@ -107,10 +107,12 @@ def test_the_log_is_that_of_the_plain_loop(folder, threads):
         norm = adam.step(txl.warmup_cosine(step, 60, 1e-2, warmup=6, final=1e-4))
         adam.zero_grad()
         assert log[step] == pytest.approx((loss.item(), float(norm)), rel=2e-3), step
+    best = arrays(folder / name / "best.npz")
     with adam.averaged():
-        assert float(rows[-1]["val_loss"]) == pytest.approx(command.evaluate(model, tokens[len(streams.tokens):], 4, 16, 16, 1), rel=1e-3)
-        for parameter, kept in zip(adam.parameters, command.parameter_arrays(model)):
-            numpy.testing.assert_allclose(arrays(folder / name / "best.npz")[kept], parameter.data, rtol=0.02, atol=2e-3)
+        val_loss = command.evaluate(model, tokens[len(streams.tokens):], 4, 16, 16, 1)
+        assert float(rows[-1]["val_loss"]) == pytest.approx(val_loss, rel=1e-3)
+        for kept, array in command.parameter_arrays(model).items():
+            numpy.testing.assert_allclose(best[kept], array, rtol=0.02, atol=2e-3)
 
 
 def test_a_run_is_not_overwritten_unless_asked(folder, finished):
@@ -250,8 +252,8 @@ def test_a_memory_longer_than_the_text_is_evaluated_with_what_there_is(folder, f
 
 
 def test_a_closed_output_is_no_error(folder, finished):
-    done = subprocess.run(f"'{sys.executable}' '{SCRIPT}' --data text --out run --eval --eval-mem-len 16 >&-", shell=True, cwd=folder,
-                          stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(f"'{sys.executable}' '{SCRIPT}' --data text --out run --eval --eval-mem-len 16 >&-", shell=True,
+                          cwd=folder, stderr=subprocess.PIPE, text=True)
     assert (done.returncode, done.stderr) == (0, "")
 
 

@@ -36,7 +36,8 @@ def test_a_prompt_longer_than_the_memory_is_read_to_its_end(model):
 
 
 OPTIONS = [dict(), dict(positions="learned", clamp_len=6), dict(pre_norm=False, tie_weights=True), dict(tie_weights=True),
-           dict(activation="squared_relu"), dict(same_length=True, clamp_len=3), dict(positions="learned", clamp_len=2, pre_norm=False)]
+           dict(activation="squared_relu"), dict(same_length=True, clamp_len=3),
+           dict(positions="learned", clamp_len=2, pre_norm=False)]
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(numpy.float64, 1e-12), (numpy.float32, 1e-5)], ids=["float64", "float32"])
