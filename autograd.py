@@ -13,7 +13,8 @@ is reverse mode. The file has these parts:
     3. the operations  forward and gradient side by side, from addition to layer normalisation and dropout
     4. the notation    NumPy's operators on Tensor
     5. the proof       check_gradients: every gradient against finite differences
-    6. a walk through  what `python autograd.py` prints: gradients with numbers
+    6. kernels         the same for a few formulas in which a GPU would read and write much memory for little arithmetic
+    7. a walk through  what `python autograd.py` prints: gradients with numbers
 
 Throughout, `g` is the gradient of the loss with respect to an operation's result y, an array of y's shape, and
 an operation's *gradient function* maps g to the gradient with respect to one operand:
@@ -102,6 +103,19 @@ def shared_zeros(shape, dtype):
         return xp.zeros(shape, dtype=dtype)             # on a GPU there is one process
     size = math.prod(shape) * numpy.dtype(dtype).itemsize
     return numpy.frombuffer(mmap.mmap(-1, size or 1), dtype=dtype, count=math.prod(shape)).reshape(shape)
+
+
+FUSED = {}      # name -> formula; for each of them section 6 has a kernel
+
+
+def fused(function):
+    """Mark a formula of a few elementwise steps. They are computed as they stand, each a pass over memory; but on a GPU,
+    where passes are what takes the time, the kernel of the same name (section 6) does them in one."""
+    @functools.wraps(function)
+    def formula(*operands):
+        return (function if xp.module is numpy else _kernel(xp.module, function.__name__))(*operands)
+    FUSED[function.__name__] = formula
+    return formula
 
 
 # %% 2. The graph
@@ -721,13 +735,16 @@ def normalise(a, eps=1e-5):
     s = 1 / xp.sqrt(row_dots(z, z) / n + eps)
     z *= s
 
-    def gradient(g):
-        h = z * (row_dots(g, z) / -n)
-        h += g
-        h -= row_sums(g) / n
-        h *= s
-        return h
-    return result(z, (a, gradient))
+    return result(z, (a, lambda g: normalise_gradient(g, z, s, row_sums(g) / n, row_dots(g, z) / -n)))
+
+
+@fused
+def normalise_gradient(g, z, s, mean_g, minus_mean_g_z):
+    h = z * minus_mean_g_z
+    h += g
+    h -= mean_g
+    h *= s
+    return h
 
 
 @op
@@ -884,7 +901,30 @@ def check_gradients(f, inputs, eps=1e-5, rtol=1e-6, atol=1e-7, samples=None, see
     return largest
 
 
-# %% 6. A walk through it
+# %% 6. Kernels
+# A GPU multiplies far faster than it reads its memory, and every operation between arrays reads and writes all of them. Each
+# entry is the inner line of a program in CUDA's C++ that CuPy compiles when it is first used: it computes one element of the
+# function that bears its name, which is marked with `fused` where it is used and has the formula in plain NumPy. T is
+# the arrays' dtype; broadcasting is CuPy's. Results that are also operands of the function are changed in place.
+
+KERNELS = {     # name: inputs, results, what happens to one element of each
+    "normalise_gradient": ("T g, T z, T s, T mean_g, T minus_mean_g_z", "T h", "h = (z * minus_mean_g_z + g - mean_g) * s"),
+    "add_to_scores": ("T position, T hidden", "T scores", "scores = scores + position + hidden"),
+    "exp_of_difference": ("T largest", "T scores", "scores = exp(scores - largest)"),
+    "score_gradient": ("T numerators, T dots", "T d_scores", "d_scores = (d_scores - dots) * numerators"),
+    "adam_update": ("T factor, float64 beta1, float64 beta2, float64 eps, float64 m_sum, float64 v_sum, float64 lr, float64 decay, "
+                    "float64 share, T decayed", "T g, T m, T v, T w, T a",
+                    "g *= factor; m += T(1 - beta1) * (g - m); v += T(1 - beta2) * (g * g - v); "
+                    "w -= m / (sqrt(v / T(v_sum)) + T(eps)) * T(lr / m_sum) + T(decay) * decayed * w; a += T(share) * (w - a)"),
+}
+
+
+@functools.cache
+def _kernel(library, name):
+    return library.ElementwiseKernel(*KERNELS[name], name)
+
+
+# %% 7. A walk through it
 # `python autograd.py` runs this section.
 
 def walk_through():

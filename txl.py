@@ -58,6 +58,7 @@ From autograd.py: `xp` is NumPy or CuPy. A Tensor is an array with a gradient; `
 for the tests, `arrays(…)` are its operands' arrays, and `result(y, (x, f))` is the Tensor of its value y, whose gradient g
 goes on to x as f(g); `jointly` lists the pairs (x, f) of several x whose gradients one function computes. `normalise` gives
 every row of numbers mean 0 and variance 1; `layer_norm` then multiplies it by a learned gain and adds a learned bias.
+`@fused` marks formulas that a GPU computes in one pass.
 `linear(x, W, b, gain, bias, before=m)` is ([m, x] gain + bias) W + b, with m, which gets no gradient, in front of x along
 time. `row_sums` and `row_dots` sum over the last axis, which stays with size 1: one array, or the product of two.
 `shared_zeros` are zeros that several processes see.
@@ -68,7 +69,7 @@ import math
 
 import numpy
 
-from autograd import (Tensor, arrays, cross_entropy, dropout, embedding, jointly, layer_norm, linear, no_grad, normalise,
+from autograd import (Tensor, arrays, cross_entropy, dropout, embedding, fused, jointly, layer_norm, linear, no_grad, normalise,
                       op, relu, result, row_dots, row_sums, shared_zeros, softmax, squared_relu, stop_gradient, to_numpy, xp)
 
 
@@ -438,10 +439,8 @@ def attend(q, kv, r, u, v, hidden):
         i, j, n = block
         E = q_u[block] @ keys[i, j, seen].swapaxes(-1, -2)
         by_distance = rows(q_v[block]) @ R[i, K - seen.stop:].swapaxes(-1, -2)
-        E += _rows_from_line(by_distance.reshape(E.shape), seen.stop)
-        E += minus_infinity[n, seen]
-        E -= E.max(axis=-1, keepdims=True)
-        xp.exp(E, out=E)
+        add_to_scores(_rows_from_line(by_distance.reshape(E.shape), seen.stop), minus_infinity[n, seen], E)
+        exp_of_difference(E.max(axis=-1, keepdims=True), E)
         z[block] = row_sums(E)
         xp.matmul(E, values[i, j, seen], out=heads(o)[block])
         numerators.append(E)
@@ -457,8 +456,7 @@ def attend(q, kv, r, u, v, hidden):
         for (block, seen), E in zip(reversed(blocks), reversed(numerators)):
             i, j, n = block
             d_score = g_z[block] @ values[i, j, seen].swapaxes(-1, -2)
-            d_score -= g_z_dot_o[block]
-            d_score *= E
+            score_gradient(E, g_z_dot_o[block], d_score)
             for d_x, scores, x in ((d_values, E, g_z), (d_keys, d_score, q_u)):
                 # E^T x as (x^T E)^T: to transpose is to copy for CuPy, and E is much larger than x.
                 if n.stop >= T:
@@ -473,6 +471,24 @@ def attend(q, kv, r, u, v, hidden):
         d_u, d_v = ((all_queries @ x.reshape(B * T, D)).reshape(H, d) for x in (d_q_u, d_q_v))
         return (d_q_u + d_q_v) * scale, d_kv, d_r.transpose(1, 0, 2).reshape(K, D), d_u, d_v
     return result(o, *jointly(gradients, q, kv, r, u, v))
+
+
+@fused
+def add_to_scores(position, hidden, scores):
+    scores += position
+    scores += hidden
+
+
+@fused
+def exp_of_difference(largest, scores):
+    scores -= largest
+    xp.exp(scores, out=scores)
+
+
+@fused
+def score_gradient(numerators, dots, d_scores):
+    d_scores -= dots
+    d_scores *= numerators
 
 
 # %% 5. The layer
@@ -776,18 +792,10 @@ class Adam:
     def update(self, part, t, lr, factor):
         """Of one part's share: step t of the formulas above."""
         beta1, beta2 = self.betas
+        share = max(1 / self.average_over, 10 / (9 + t)) if self.average_over else 0.0
         for block in self.blocks(part):
-            g, m, v, w, decayed = (array[block] for array in (self.gradient[0], self.m, self.v, self.value, self.decayed))
-            g *= factor
-            m += (1 - beta1) * (g - m)
-            v += (1 - beta2) * (g * g - v)
-            step = m / (xp.sqrt(v / (1 - beta2 ** t)) + self.eps) * (lr / (1 - beta1 ** t))
-            if self.weight_decay:
-                step += (lr * self.weight_decay) * decayed * w
-            w -= step
-            if self.average_over:
-                a = self.average[block]
-                a += max(1 / self.average_over, 10 / (9 + t)) * (w - a)
+            views = (array[block] for array in (self.decayed, self.gradient[0], self.m, self.v, self.value, self.average))
+            adam_update(factor, beta1, beta2, self.eps, 1 - beta1 ** t, 1 - beta2 ** t, lr, lr * self.weight_decay, share, *views)
 
     @contextlib.contextmanager
     def averaged(self):
@@ -798,6 +806,20 @@ class Adam:
             yield
         finally:
             self.value[...] = current
+
+
+@fused
+def adam_update(factor, beta1, beta2, eps, m_sum, v_sum, lr, decay, share, decayed, g, m, v, w, a):
+    """The formulas above, in place. m_sum = 1 - beta1^t, v_sum = 1 - beta2^t, decay = lr * weight_decay, share: of w in a."""
+    g *= factor
+    m += (1 - beta1) * (g - m)
+    v += (1 - beta2) * (g * g - v)
+    step = m / (xp.sqrt(v / v_sum) + eps) * (lr / m_sum)
+    if decay:
+        step += decay * decayed * w
+    w -= step
+    if share:
+        a += share * (w - a)
 
 
 def warmup_cosine(step, steps, peak, warmup, final):

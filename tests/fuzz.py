@@ -103,7 +103,7 @@ def load_checkpoint(path):
     meta, arrays = command.load(path)
     model = TransformerXL(Config(**meta["model"]))
     command.restore(model, arrays, path)
-    command.memory_to_resume(meta, arrays, path)
+    command.memory_to_resume(meta, arrays, 3, path)      # of three steps, each of another group
 
 
 def checkpoints(count, seed, folder):
@@ -126,7 +126,7 @@ def inputs(count, seed, folder):
                 text, corpus = command.find_corpus(path)
                 vocabulary = "".join(sorted(set(text)))
                 training, held_out = command.split(command.encode(text, vocabulary))
-                command.Streams(training, size, size, 1).segment(0)
+                command.Streams(training, size, size, size, 1).segment(0)
             yield read
         else:
             arguments = [str(part) for _ in range(rng.integers(1, 6))

@@ -140,9 +140,38 @@ class _Lib:
         as_strided = Function(numpy.lib.stride_tricks.as_strided)
 
 
+class ElementwiseKernel:
+    """A kernel whose C++ happens to be Python as well: assignments of arithmetic, T(number), exp and sqrt."""
+
+    def __init__(self, inputs, results, operation, name):
+        self.types = dict(parameter.split()[::-1] for parameter in (inputs + ", " + results).split(", "))
+        self.inputs, self.results = len(inputs.split(",")), [parameter.split()[1] for parameter in results.split(", ")]
+        self.operation, self.name = operation, name
+
+    def __call__(self, *operands):
+        if len(operands) not in (self.inputs, len(self.types)):
+            raise TypeError(f"{self.name}: {len(operands)} operands for {self.inputs} inputs")
+        values = dict(zip(self.types, (unwrap(operand, self.name) for operand in operands)))
+        arrays = {name: value for name, value in values.items() if isinstance(value, numpy.ndarray)}
+        (dtype,) = {array.dtype for array in arrays.values()}
+        if any(self.types[name] != "T" for name in arrays):
+            raise TypeError(f"{self.name}: an array where a number is declared")
+        shape = numpy.broadcast_shapes(*(array.shape for array in arrays.values()))
+        results = {name: arrays.get(name, numpy.empty(shape, dtype)) for name in self.results}
+        if any(array.shape != shape for array in results.values()):
+            raise ValueError(f"{self.name}: a result does not have the shape {shape}")
+        names = {"T": dtype.type, "exp": numpy.exp, "sqrt": numpy.sqrt, **values}
+        exec(self.operation, names)
+        for name, array in results.items():
+            array[...] = names[name]
+        answers = [wrap(array) for array in results.values()]
+        return answers[0] if len(answers) == 1 else tuple(answers)
+
+
 class Library:
     """The module: what NumPy has, with stand-in arrays in and out."""
 
+    ElementwiseKernel = ElementwiseKernel
     random = _Random()
     lib = _Lib()
     ndarray = Array

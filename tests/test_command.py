@@ -77,13 +77,13 @@ def test_it_leaves_a_log_the_configuration_and_two_checkpoints(finished):
     config = json.loads((path / "config.json").read_text())
     assert config["model"]["d_model"] == 16 and config["settings"]["steps"] == 30 and config["corpus"]["name"] == "text"
     state = arrays(path / "checkpoint.npz")
-    assert {"adam/m", "adam/v", "adam/average", "memory/0", "parameters/embedding"} <= set(state)
+    assert {"adam/m", "adam/v", "adam/average", "memory/0/0", "memory/1/0", "parameters/embedding"} <= set(state)
     assert json.loads(state["meta"].item())["step"] == 30
 
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_the_log_is_that_of_the_plain_loop(folder, threads):
-    """Forward, backward, clip, Adam, next segment with the memory, an empty memory where the text begins again. What is
+    """Forward, backward, clip, Adam, the next group's segment with the group's memory, empty where the text begins again. What is
     evaluated and kept as the best is the average of the weights."""
     import train_shakespeare as command
     import txl
@@ -95,14 +95,15 @@ def test_the_log_is_that_of_the_plain_loop(folder, threads):
     log = [(float(row["loss"]), float(row["grad_norm"])) for row in rows]
     vocabulary = "".join(sorted(set(TEXT)))
     tokens = command.encode(TEXT, vocabulary)
-    streams = command.Streams(tokens[:int(0.9 * len(tokens))], 4, 16, seed=1)
-    assert 40 < streams.segments < 58                                # the 60 steps reach a second epoch
+    streams = command.Streams(tokens[:int(0.9 * len(tokens))], 4, 16, 16, seed=1)
+    assert streams.groups > 1 and 40 < streams.groups * streams.segments < 58        # the 60 steps reach a second epoch
     model = txl.TransformerXL(txl.Config(len(vocabulary), n_layer=1, n_head=2, d_model=16, d_ff=16, mem_len=16,
                                           activation="squared_relu"), seed=1)
-    adam, memory = txl.Adam(model.parameters(), betas=(0.9, 0.99), weight_decay=0.1, clip=1.0, average_over=100), None
+    adam = txl.Adam(model.parameters(), betas=(0.9, 0.99), weight_decay=0.1, clip=1.0, average_over=100)
+    memories = [None] * streams.groups
     for step in range(60):
-        x, y, fresh = streams.segment(step)
-        loss, memory = txl.loss_and_memory(model, x, y, None if fresh else memory)
+        x, y, group, fresh = streams.segment(step)
+        loss, memories[group] = txl.loss_and_memory(model, x, y, None if fresh else memories[group])
         loss.backward()
         norm = adam.step(txl.warmup_cosine(step, 60, 1e-2, warmup=6, final=1e-4))
         adam.zero_grad()

@@ -27,30 +27,57 @@ def test_characters_the_model_never_saw_are_listed():
 
 # %% Streams
 
-def test_rows_continue_from_segment_to_segment_and_targets_are_the_next_tokens():
-    text = numpy.arange(1000)
-    streams = Streams(text, batch_size=4, seq_len=7, seed=1)
-    tokens, targets, fresh = zip(*(streams.segment(step) for step in range(streams.segments)))
-    rows = numpy.concatenate([to_numpy(part) for part in tokens], axis=1)
-    following = numpy.concatenate([to_numpy(part) for part in targets], axis=1)
-    assert (numpy.diff(rows, axis=1) == 1).all() and (following == rows + 1).all()
-    assert fresh == (True,) + (False,) * (streams.segments - 1)
-    assert len(numpy.unique(rows)) == rows.size > 0.95 * len(text)
+def epoch_of(streams, epoch):
+    """For each group what its streams read in an epoch [rows, length], what they predict, and where their memory is emptied."""
+    steps = streams.groups * streams.segments
+    read = [[] for _ in range(streams.groups)]
+    for step in range(epoch * steps, (epoch + 1) * steps):
+        tokens, targets, group, fresh = streams.segment(step)
+        read[group].append((to_numpy(tokens), to_numpy(targets), fresh))
+    return [(numpy.concatenate(tokens, axis=1), numpy.concatenate(targets, axis=1), fresh)
+            for tokens, targets, fresh in (zip(*group) for group in read)]
+
+
+@pytest.mark.parametrize("groups, length", [(1, 600), (32, 30000)])
+def test_what_a_group_reads_continues_what_it_read_last_and_the_targets_are_the_next_tokens(groups, length):
+    streams = Streams(numpy.arange(length), batch_size=4, seq_len=7, mem_len=5, seed=1)
+    assert streams.groups == groups
+    read = epoch_of(streams, 0)
+    for rows, following, fresh in read:
+        assert (numpy.diff(rows, axis=1) == 1).all() and (following == rows + 1).all()
+        assert fresh == (True,) + (False,) * (streams.segments - 1)
+    everything = numpy.concatenate([rows for rows, _, _ in read])
+    assert len(numpy.unique(everything)) == everything.size > 0.95 * length
+
+
+def test_the_groups_take_turns_and_each_has_streams_all_over_the_text():
+    streams = Streams(numpy.arange(10000), batch_size=4, seq_len=7, mem_len=5, seed=1)
+    groups = [streams.segment(step)[2] for step in range(2 * streams.groups)]
+    assert streams.groups > 1 and groups == 2 * list(range(streams.groups))
+    for step in range(streams.groups):
+        firsts = to_numpy(streams.segment(step)[0])[:, 0]
+        assert (numpy.diff(firsts) > 2000).all()
+
+
+def test_a_short_text_has_few_streams_so_that_most_tokens_have_a_full_memory():
+    for length in (500, 5000, 50000, 500000):
+        streams = Streams(numpy.arange(length), batch_size=2, seq_len=16, mem_len=16, seed=1)
+        assert streams.groups == 1 or streams.segments >= 12
 
 
 def test_each_epoch_cuts_elsewhere_and_any_step_can_be_asked_for():
     text = numpy.arange(1000)
-    streams = Streams(text, batch_size=2, seq_len=50, seed=1)
+    streams = Streams(text, batch_size=2, seq_len=50, mem_len=50, seed=1)
     firsts = [int(streams.segment(epoch * streams.segments)[0][0, 0]) for epoch in range(6)]
-    assert len(set(firsts)) > 1 and max(firsts) < 50
-    assert all(streams.segment(epoch * streams.segments)[2] for epoch in range(6))
-    again = Streams(text, batch_size=2, seq_len=50, seed=1)
+    assert streams.groups == 1 and len(set(firsts)) > 1 and max(firsts) < 50
+    assert all(streams.segment(epoch * streams.segments)[3] for epoch in range(6))
+    again = Streams(text, batch_size=2, seq_len=50, mem_len=50, seed=1)
     numpy.testing.assert_array_equal(to_numpy(again.segment(17)[0]), to_numpy(streams.segment(17)[0]))
 
 
 def test_a_text_too_short_names_the_sizes():
     with pytest.raises(Failure, match="100 characters, too few for batch size 4 and segments of 30"):
-        Streams(numpy.arange(100), batch_size=4, seq_len=30, seed=0)
+        Streams(numpy.arange(100), batch_size=4, seq_len=30, mem_len=30, seed=0)
 
 
 # %% Evaluation

@@ -6,6 +6,7 @@ standin.py shows that no step mixes the two.
 """
 import contextlib
 import importlib.util
+import inspect
 
 import numpy
 import pytest
@@ -107,6 +108,42 @@ def test_operation_on_the_gpu(f, inputs, request):
             numpy.testing.assert_allclose(mine, expected, rtol=1e-10, atol=1e-12)
 
 
+# %% Kernels
+
+KERNEL_CASES = [pytest.param(device, name, dtype, id=f"{name}, {dtype}, {device}", marks=needs_gpu if device == "gpu" else ())
+                for device in ("standin", "gpu") for name in autograd.KERNELS for dtype in ("float64", "float32")]
+
+
+def test_every_marked_formula_has_a_kernel_and_every_kernel_a_formula():
+    assert autograd.FUSED.keys() == autograd.KERNELS.keys()
+
+
+@pytest.mark.parametrize("where, name, dtype", KERNEL_CASES)
+def test_a_kernel_computes_its_formula(where, name, dtype):
+    """On positive numbers in [4, 1, 3] and, one axis broadcast, [4, 5, 1] arrays; what it changes in place is [4, 5, 3]."""
+    inputs, results, _ = autograd.KERNELS[name]
+    in_place = len(inspect.signature(autograd.FUSED[name].__wrapped__).parameters) > len(inputs.split(","))
+    rng, operands = RNG(0), []
+    for n, parameter in enumerate(inputs.split(",")):
+        number = parameter.split()[0] == "float64"
+        operands.append(rng.uniform(0.1, 0.9) if number else rng.uniform(0.5, 2, ((4, 1, 3), (4, 5, 1))[n % 2]).astype(dtype))
+    if in_place:
+        operands += [rng.uniform(0.5, 2, (4, 5, 3)).astype(dtype) for _ in results.split(",")]
+    with device(where):
+        theirs = [xp.array(operand) if hasattr(operand, "dtype") else operand for operand in operands]
+        answer = autograd.FUSED[name](*theirs)
+        changed = [to_numpy(array) for array in theirs[len(inputs.split(",")):]] if in_place else [to_numpy(answer)]
+    with device("cpu"):
+        expected = autograd.FUSED[name](*operands)
+    expected = operands[len(inputs.split(",")):] if in_place else [expected]
+    assert len(changed) == len(expected) > 0
+    for mine, plain in zip(changed, expected):
+        assert mine.dtype == dtype
+        numpy.testing.assert_allclose(mine, plain, rtol=1e-12 if dtype == "float64" else 1e-5)
+
+
+# %% Training, evaluation, generation
+
 OPTIONS = [dict(), dict(positions="learned", clamp_len=6), dict(pre_norm=False, tie_weights=True),
            dict(same_length=True, clamp_len=3, activation="squared_relu"), dict(dropout=0.2, attn_dropout=0.1)]
 
@@ -117,9 +154,9 @@ def everything(options, dtype=numpy.float64):
     model = txl.TransformerXL(config, seed=3, dtype=dtype)
     adam = txl.Adam(model.parameters(), lr=1e-2, weight_decay=0.1, clip=0.5)
     text = RNG(0).integers(7, size=200)
-    streams, memory, out = Streams(text, batch_size=3, seq_len=4, seed=1), None, {}
+    streams, memory, out = Streams(text, batch_size=3, seq_len=4, mem_len=4, seed=1), None, {}
     for step in range(3):
-        tokens, targets, _ = streams.segment(step)
+        tokens, targets, _, _ = streams.segment(step * streams.groups)
         generator = xp.random.default_rng([1, step]) if options.get("dropout") else None
         loss, memory = txl.loss_and_memory(model, tokens, targets, memory, generator)
         loss.backward()
