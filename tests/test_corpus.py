@@ -38,7 +38,7 @@ def epoch_of(streams, epoch):
             for tokens, targets, fresh in (zip(*group) for group in read)]
 
 
-@pytest.mark.parametrize("groups, length", [(1, 600), (32, 30000)])
+@pytest.mark.parametrize("groups, length", [(1, 600), (64, 30000)])
 def test_what_a_group_reads_continues_what_it_read_last_and_the_targets_are_the_next_tokens(groups, length):
     streams = Streams(numpy.arange(length), batch_size=4, seq_len=7, mem_len=5, seed=1)
     assert streams.groups == groups
