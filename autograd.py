@@ -13,7 +13,7 @@ is reverse mode. The file has these parts:
     3. the operations  forward and gradient side by side, from addition to layer normalisation and dropout
     4. the notation    NumPy's operators on Tensor
     5. the proof       check_gradients: every gradient against finite differences
-    6. kernels         the same for a few formulas in which a GPU would read and write much memory for little arithmetic
+    6. kernels         a few elementwise formulas, each as one program for a GPU
     7. a walk through  what `python autograd.py` prints: gradients with numbers
 
 Throughout, `g` is the gradient of the loss with respect to an operation's result y, an array of y's shape, and
@@ -109,8 +109,8 @@ FUSED = {}      # name -> formula; for each of them section 6 has a kernel
 
 
 def fused(function):
-    """Mark a formula of a few elementwise steps. They are computed as they stand, each a pass over memory; but on a GPU,
-    where passes are what takes the time, the kernel of the same name (section 6) does them in one."""
+    """Mark an elementwise formula. On the CPU it runs as written, one pass over memory for each operation; on a GPU, where
+    these passes take more time than the arithmetic, the kernel of the same name (section 6) does it in one."""
     @functools.wraps(function)
     def formula(*operands):
         return (function if xp.module is numpy else _kernel(xp.module, function.__name__))(*operands)
@@ -902,20 +902,20 @@ def check_gradients(f, inputs, eps=1e-5, rtol=1e-6, atol=1e-7, samples=None, see
 
 
 # %% 6. Kernels
-# A GPU multiplies far faster than it reads its memory, and every operation between arrays reads and writes all of them. Each
-# entry is the inner line of a program in CUDA's C++ that CuPy compiles when it is first used: it computes one element of the
-# function that bears its name, which is marked with `fused` where it is used and has the formula in plain NumPy. T is
-# the arrays' dtype; broadcasting is CuPy's. Results that are also operands of the function are changed in place.
+# A GPU multiplies far faster than it reads its memory, and every operation between arrays reads and writes all of them. An
+# entry is the line of CUDA's C++ that computes one element; CuPy makes a program of it when it is first used. The function
+# of the same name, marked `@fused`, is the same formula in NumPy, and its arguments are the inputs. T is their dtype.
+# Results that are arguments too are changed in place.
 
 KERNELS = {     # name: inputs, results, what happens to one element of each
     "normalise_gradient": ("T g, T z, T s, T mean_g, T minus_mean_g_z", "T h", "h = (z * minus_mean_g_z + g - mean_g) * s"),
     "add_to_scores": ("T position, T hidden", "T scores", "scores = scores + position + hidden"),
     "exp_of_difference": ("T largest", "T scores", "scores = exp(scores - largest)"),
     "score_gradient": ("T numerators, T dots", "T d_scores", "d_scores = (d_scores - dots) * numerators"),
-    "adam_update": ("T factor, float64 beta1, float64 beta2, float64 eps, float64 m_sum, float64 v_sum, float64 lr, float64 decay, "
-                    "float64 share, T decayed", "T g, T m, T v, T w, T a",
-                    "g *= factor; m += T(1 - beta1) * (g - m); v += T(1 - beta2) * (g * g - v); "
-                    "w -= m / (sqrt(v / T(v_sum)) + T(eps)) * T(lr / m_sum) + T(decay) * decayed * w; a += T(share) * (w - a)"),
+    "adam_update": ("T factor, float64 share_m, float64 share_v, float64 share_a, float64 v_sum, float64 eps, float64 rate, "
+                    "float64 decay, T decayed", "T g, T m, T v, T w, T a",
+                    "g *= factor; m += T(share_m) * (g - m); v += T(share_v) * (g * g - v); "
+                    "w -= m / (sqrt(v / T(v_sum)) + T(eps)) * T(rate) + T(decay) * decayed * w; a += T(share_a) * (w - a)"),
 }
 
 

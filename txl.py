@@ -792,10 +792,11 @@ class Adam:
     def update(self, part, t, lr, factor):
         """Of one part's share: step t of the formulas above."""
         beta1, beta2 = self.betas
-        share = max(1 / self.average_over, 10 / (9 + t)) if self.average_over else 0.0
+        share_a = max(1 / self.average_over, 10 / (9 + t)) if self.average_over else 0.0
         for block in self.blocks(part):
             views = (array[block] for array in (self.decayed, self.gradient[0], self.m, self.v, self.value, self.average))
-            adam_update(factor, beta1, beta2, self.eps, 1 - beta1 ** t, 1 - beta2 ** t, lr, lr * self.weight_decay, share, *views)
+            adam_update(factor, 1 - beta1, 1 - beta2, share_a, 1 - beta2 ** t, self.eps, lr / (1 - beta1 ** t),
+                        lr * self.weight_decay, *views)
 
     @contextlib.contextmanager
     def averaged(self):
@@ -809,17 +810,18 @@ class Adam:
 
 
 @fused
-def adam_update(factor, beta1, beta2, eps, m_sum, v_sum, lr, decay, share, decayed, g, m, v, w, a):
-    """The formulas above, in place. m_sum = 1 - beta1^t, v_sum = 1 - beta2^t, decay = lr * weight_decay, share: of w in a."""
+def adam_update(factor, share_m, share_v, share_a, v_sum, eps, rate, decay, decayed, g, m, v, w, a):
+    """The formulas above, in place. The shares are what the newest counts in each mean, 1 - beta1 in m; v_sum = 1 - beta2^t,
+    rate = lr / (1 - beta1^t), decay = lr * weight_decay."""
     g *= factor
-    m += (1 - beta1) * (g - m)
-    v += (1 - beta2) * (g * g - v)
-    step = m / (xp.sqrt(v / v_sum) + eps) * (lr / m_sum)
+    m += share_m * (g - m)
+    v += share_v * (g * g - v)
+    step = m / (xp.sqrt(v / v_sum) + eps) * rate
     if decay:
         step += decay * decayed * w
     w -= step
-    if share:
-        a += share * (w - a)
+    if share_a:
+        a += share_a * (w - a)
 
 
 def warmup_cosine(step, steps, peak, warmup, final):

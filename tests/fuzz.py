@@ -103,7 +103,7 @@ def load_checkpoint(path):
     meta, arrays = command.load(path)
     model = TransformerXL(Config(**meta["model"]))
     command.restore(model, arrays, path)
-    command.memory_to_resume(meta, arrays, 3, path)      # of three steps, each of another group
+    command.memory_to_resume(meta, arrays, 7, path)             # as many groups as the text below has
 
 
 def checkpoints(count, seed, folder):

@@ -161,7 +161,14 @@ class ElementwiseKernel:
         if any(array.shape != shape for array in results.values()):
             raise ValueError(f"{self.name}: a result does not have the shape {shape}")
         names = {"T": dtype.type, "exp": numpy.exp, "sqrt": numpy.sqrt, **values}
+        inputs = list(values)[:self.inputs]
+        for name in inputs:                             # CUDA has them const
+            if name in arrays:
+                names[name] = numpy.broadcast_to(arrays[name], arrays[name].shape)      # a view that cannot be written to
+        given = [names[name] for name in inputs]
         exec(self.operation, names)
+        if any(names[name] is not value for name, value in zip(inputs, given)):
+            raise TypeError(f"{self.name}: an input is changed")
         for name, array in results.items():
             array[...] = names[name]
         answers = [wrap(array) for array in results.values()]

@@ -38,11 +38,12 @@ def epoch_of(streams, epoch):
             for tokens, targets, fresh in (zip(*group) for group in read)]
 
 
+@pytest.mark.parametrize("epoch", [0, 2])
 @pytest.mark.parametrize("groups, length", [(1, 600), (64, 30000)])
-def test_what_a_group_reads_continues_what_it_read_last_and_the_targets_are_the_next_tokens(groups, length):
+def test_what_a_group_reads_continues_what_it_read_last_and_the_targets_are_the_next_tokens(groups, length, epoch):
     streams = Streams(numpy.arange(length), batch_size=4, seq_len=7, mem_len=5, seed=1)
     assert streams.groups == groups
-    read = epoch_of(streams, 0)
+    read = epoch_of(streams, epoch)
     for rows, following, fresh in read:
         assert (numpy.diff(rows, axis=1) == 1).all() and (following == rows + 1).all()
         assert fresh == (True,) + (False,) * (streams.segments - 1)
