@@ -718,7 +718,8 @@ def clock(seconds):
 def check_size(config, B, T, M, groups=1):
     """Failure if the model, a step on one batch and the memory of `groups` groups cannot fit into this machine's memory."""
     rows = 2 * config.d_ff + 12 * config.d_model + config.n_head * (M + T)      # kept for each token and layer, roughly
-    needed = 4 * (6 * config.parameter_count() + config.n_layer * B * (T * rows + (2 + groups) * M * config.d_model))
+    states = (2 + 4 * groups) * M * config.d_model                              # a checkpoint takes three more copies
+    needed = 4 * (6 * config.parameter_count() + config.n_layer * B * (T * rows + states))
     if xp.module is numpy and "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):      # a GPU says so itself, in time
         there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         if needed > there:
