@@ -124,20 +124,21 @@ def test_a_run_is_not_overwritten_unless_asked(folder, finished):
     trained(folder, "again", 5, "--overwrite")
 
 
-@pytest.mark.parametrize("options", [[], ["--positions", "learned", "--dropout", "0.2"]], ids=["sinusoid", "learned, dropout"])
-def test_an_interrupted_run_resumed_ends_with_the_bits_of_an_uninterrupted_one(folder, options):
+@pytest.mark.parametrize("options, at", [([], 15), (["--positions", "learned", "--dropout", "0.2"], 15), (["--batch-size", "1"], 5)],
+                         ids=["sinusoid", "learned, dropout", "before every group of streams had its turn"])
+def test_an_interrupted_run_resumed_ends_with_the_bits_of_an_uninterrupted_one(folder, options, at):
     name = f"resumed{len(options)}"
     trained(folder, name + "-whole", 60, *options)
     process = subprocess.Popen([sys.executable, str(SCRIPT), "--data", "text", "--out", name, "--steps", "60", *SMALL, *options],
                                cwd=folder, stdout=subprocess.PIPE, text=True, start_new_session=True)
     for line in process.stdout:
-        if line.startswith("step    15"):
+        if line.startswith(f"step {at:5}/"):
             os.killpg(process.pid, signal.SIGINT)       # Ctrl-C reaches every process of the terminal
             break
     rest = process.stdout.read()
     assert process.wait(timeout=20) == 130 and "--resume continues" in rest
     stopped = json.loads(arrays(folder / name / "checkpoint.npz")["meta"].item())["step"]
-    assert 15 <= stopped < 60
+    assert at <= stopped < 60
     run(folder, "--data", "text", "--out", name, "--resume", "--threads", "2")
     whole, resumed = (arrays(folder / path / "checkpoint.npz") for path in (name + "-whole", name))
     metas = [json.loads(state.pop("meta").item()) for state in (whole, resumed)]
