@@ -715,11 +715,10 @@ def clock(seconds):
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
-def check_size(config, B, T, M, groups=1):
-    """Failure if the model, a step on one batch and the memory of `groups` groups cannot fit into this machine's memory."""
+def check_size(config, B, T, M, kept=1):
+    """Failure if the model, a step on one batch and `kept` memories of it cannot fit into this machine's memory."""
     rows = 2 * config.d_ff + 12 * config.d_model + config.n_head * (M + T)      # kept for each token and layer, roughly
-    states = (2 + 4 * groups) * M * config.d_model                              # a checkpoint takes three more copies
-    needed = 4 * (6 * config.parameter_count() + config.n_layer * B * (T * rows + states))
+    needed = 4 * (6 * config.parameter_count() + config.n_layer * B * (T * rows + (2 + kept) * M * config.d_model))
     if xp.module is numpy and "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):      # a GPU says so itself, in time
         there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         if needed > there:
@@ -768,7 +767,7 @@ def train(args):
     eval_mem_len = settings["mem_len"] if settings["eval_mem_len"] is None else settings["eval_mem_len"]
     training, held_out = split(encode(text, vocabulary))
     streams = Streams(training, batch_size, seq_len, settings["mem_len"], settings["seed"])
-    check_size(config, batch_size, seq_len, settings["mem_len"], streams.groups)
+    check_size(config, batch_size, seq_len, settings["mem_len"], kept=4 * streams.groups)     # four: three copies for a checkpoint
     model = TransformerXL(config, seed=settings["seed"])
     slices = row_parts(batch_size, args.threads)
     adam = Adam(model.parameters(), betas=(0.9, 0.99), weight_decay=settings["weight_decay"], clip=1.0, average_over=100,
