@@ -648,10 +648,8 @@ def row_sums(x):
 
 
 def row_dots(x, y):
-    """sum_j x[..., j] y[..., j], without an array for the products; the last axis stays with size 1."""
-    if hasattr(xp.module, "cuda"):          # CuPy's einsum would make many products of matrices with one row and one column
-        return (x * y).sum(axis=-1, keepdims=True)
-    return xp.einsum("...j,...j->...", x, y)[..., None]
+    """sum_j x[..., j] y[..., j]; the last axis stays with size 1."""
+    return row_sums(x * y)
 
 
 @op

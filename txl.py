@@ -518,10 +518,9 @@ class FeedForward:
         self.W_1, self.b_1 = weight(rng, (D, F), dtype), zeros(F, dtype)
         self.W_2, self.b_2 = weight(rng, (F, D), dtype, scale=1 / math.sqrt(2 * config.n_layer)), zeros(D, dtype)
 
-    def __call__(self, x, generator=None, norm=None):
-        gain_and_bias = () if norm is None else (norm.gain, norm.bias)
-        hidden = dropout(self.activation(linear(x, self.W_1, self.b_1, *gain_and_bias)), self.dropout, generator)
-        return linear(hidden, self.W_2, self.b_2)
+    def __call__(self, x, generator=None):
+        hidden = self.activation(linear(x, self.W_1, self.b_1))
+        return linear(dropout(hidden, self.dropout, generator), self.W_2, self.b_2)
 
 
 class Layer:
@@ -538,11 +537,11 @@ class Layer:
         p = self.config.dropout
         if self.config.pre_norm:
             # Memory holds what entered the layer, so it is normalised like the segment: x and memory are one text.
-            # norm(x) is written in two halves: normalise here, gain and bias in `linear`, which finds their gradients,
+            # attention_norm comes in two halves: normalise here, gain and bias in `linear`, which finds their gradients,
             # memory's share included, from that of the weights. So no gradient of memory is ever computed.
             x = x + dropout(self.attention(normalise(x), normalise(memory), positions, mask, generator,
                                            self.attention_norm), p, generator)
-            return x + dropout(self.feed_forward(normalise(x), generator, self.feed_forward_norm), p, generator)
+            return x + dropout(self.feed_forward(self.feed_forward_norm(x), generator), p, generator)
         x = self.attention_norm(x + dropout(self.attention(x, memory, positions, mask, generator), p, generator))
         return self.feed_forward_norm(x + dropout(self.feed_forward(x, generator), p, generator))
 
