@@ -765,7 +765,7 @@ def linear(a, weight, bias, gain=None, shift=None, before=None):
         d_a = g W'^T     d_b = d_b'     d_W = diag(gain) d_W' + shift^T d_b'
         d_gain[i] = sum_j d_W'[i,j] W[i,j]     d_shift = d_b' W^T
 
-    before   an array [B, M, n], of a's dtype, put in front of a [B, T, n] (Transformer-XL's memory): gain, shift, weight and
+    before   [B, M, n], of a's dtype, put in front of a [B, T, n] (Transformer-XL's memory): gain, shift, weight and
              bias apply to it as well, the result is [B, M + T, m]. It gets no gradient itself, but a in d_W' contains it
     """
     if (gain is None) != (shift is None):
@@ -775,7 +775,7 @@ def linear(a, weight, bias, gain=None, shift=None, before=None):
     if before is not None:
         if before.dtype != x.dtype:
             raise TypeError(f"{before.dtype} in front of {x.dtype}; convert one of them with astype")
-        x, first = xp.concatenate([before, x], axis=1), before.shape[1]
+        x, first = xp.concatenate([value_of(before), x], axis=1), before.shape[1]
     rows, (n, m) = math.prod(x.shape[:-1]), w.shape
     flat, scaled = x.reshape(rows, n), w
     if gain is not None:

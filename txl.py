@@ -299,7 +299,7 @@ class RelativeMultiHeadAttention:
         positions   what `relative_positions` returns
         mask        [T, K] booleans, True where hidden
         generator   random numbers for dropout, or None
-        norm        LayerNorm whose gain and bias are still to be applied to x and memory, or None
+        norm        LayerNorm to apply to x and memory first, or None
         """
         q, kv = self.project(x, memory, norm)
         if self.config.positions == "sinusoid" and (generator is None or self.config.attn_dropout == 0):
@@ -311,9 +311,13 @@ class RelativeMultiHeadAttention:
     def project(self, x, memory, norm):
         """Queries [B, T, D] of the segment; keys and values [B, K, 2 D] of h~ = [SG(m) o h] (the paper's section 3.2):
         memory, with stopped gradient, then the segment, joined along time."""
-        gain_and_bias = (None, None) if norm is None else (norm.gain, norm.bias)
+        gain_and_bias = ()
+        if norm is not None:
+            # The norm comes in two halves: normalise here, gain and bias in `linear`, which finds their gradients,
+            # memory's share included, from that of the weights. So no gradient of memory is ever computed.
+            x, memory, gain_and_bias = normalise(x), normalise(memory), (norm.gain, norm.bias)
         return (linear(x, self.W_q, 0.0, *gain_and_bias),
-                linear(x, self.W_kv, 0.0, *gain_and_bias, before=memory.data))
+                linear(x, self.W_kv, 0.0, *gain_and_bias, before=memory))
 
     def mix(self, q, kv, positions, mask, generator):
         """What each query finds: the values, weighted by attention. [B, T, D], [B, K, 2 D] -> [B, T, D]."""
@@ -536,11 +540,8 @@ class Layer:
     def __call__(self, x, memory, positions, mask, generator=None):
         p = self.config.dropout
         if self.config.pre_norm:
-            # Memory holds what entered the layer, so it is normalised like the segment: x and memory are one text.
-            # attention_norm comes in two halves: normalise here, gain and bias in `linear`, which finds their gradients,
-            # memory's share included, from that of the weights. So no gradient of memory is ever computed.
-            x = x + dropout(self.attention(normalise(x), normalise(memory), positions, mask, generator,
-                                           self.attention_norm), p, generator)
+            # Memory holds what entered the layer, so it is normalised like the segment: the two are one text.
+            x = x + dropout(self.attention(x, memory, positions, mask, generator, self.attention_norm), p, generator)
             return x + dropout(self.feed_forward(self.feed_forward_norm(x), generator), p, generator)
         x = self.attention_norm(x + dropout(self.attention(x, memory, positions, mask, generator), p, generator))
         return self.feed_forward_norm(x + dropout(self.feed_forward(x, generator), p, generator))
@@ -639,7 +640,7 @@ class TransformerXL:
         new_memory = []
         for layer, m in zip(self.layers, memory):
             new_memory.append(update_memory(m, stop_gradient(h).data, mem_len))    # SG(h), without history
-            h = layer(h, Tensor(m), positions, mask, generator)
+            h = layer(h, m, positions, mask, generator)
         if config.pre_norm:
             h = self.norm(h)
         h = dropout(h, config.dropout, generator)
@@ -682,10 +683,7 @@ def attention_by_distance(model, tokens, memory):
         mask = hidden_keys(T, M, max(M, T) if config.same_length else None)
         distance = key_distances(T, M)
         for layer, m, h in zip(model.layers, memory, inputs):
-            x, norm = Tensor(h[:, h.shape[1] - T:]), None
-            if config.pre_norm:
-                m, x, norm = normalise(Tensor(m)).data, normalise(x), layer.attention_norm
-            q, kv = layer.attention.project(x, Tensor(m), norm)
+            q, kv = layer.attention.project(h[:, h.shape[1] - T:], m, layer.attention_norm if config.pre_norm else None)
             weights = layer.attention.weights(q, kv, positions, mask).data.mean(axis=(0, 1))       # [T, K]
             rows.append([weights[distance == n].mean().item() for n in range(M + T)])
     return numpy.array(rows)
