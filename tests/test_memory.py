@@ -228,7 +228,9 @@ def test_without_a_generator_dropout_probabilities_change_nothing():
     (dict(vocab_size=0), "vocab_size"), (dict(n_layer=0), "n_layer"), (dict(n_head=3), "d_model must be a multiple"),
     (dict(mem_len=-1), "mem_len"), (dict(dropout=1.0), "dropout"), (dict(attn_dropout=-0.1), "attn_dropout"),
     (dict(positions="absolute"), "positions"), (dict(activation="swish"), "activation"),
-    (dict(positions="learned"), "clamp_len"), (dict(clamp_len=-1), "clamp_len")])
+    (dict(positions="learned"), "clamp_len"), (dict(clamp_len=-1), "clamp_len"),
+    (dict(d_model=128.0), "d_model must be int"), (dict(n_layer=True), "n_layer must be int"),
+    (dict(pre_norm=1), "pre_norm must be bool")])
 def test_a_wrong_configuration_names_the_field(wrong, message):
     with pytest.raises(ValueError, match=message):
         txl.Config(**{**dict(vocab_size=5), **wrong})
