@@ -266,3 +266,11 @@ def test_the_parameters_of_a_model_have_dotted_names_and_all_get_gradients():
     tokens = some_tokens(T + 1)
     txl.loss_and_memory(model, tokens[:, :-1], tokens[:, 1:])[0].backward()
     assert all(parameter.grad is not None for parameter in names.values())
+
+
+@pytest.mark.parametrize("tie_weights", [False, True])
+@pytest.mark.parametrize("pre_norm", [True, False])
+@pytest.mark.parametrize("positions", ["sinusoid", "learned"])
+def test_the_parameter_count_of_a_configuration_is_that_of_its_model(positions, pre_norm, tie_weights):
+    model = model_of(dict(positions=positions, pre_norm=pre_norm, tie_weights=tie_weights, clamp_len=4))
+    assert model.config.parameter_count() == sum(parameter.size for parameter in model.parameters().values())
