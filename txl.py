@@ -31,9 +31,9 @@ made one segment earlier, in the same way, from the row below: the o under it an
 Information flows along all lines, gradients only within the segment being trained. Every layer reaches one memory further
 back: N layers see N * M tokens beyond their segment (here 2 * 4) if M, the full memory, is a multiple of T. In general it is
 M + (N - 1) * T * ceil(M / T): the oldest state in memory belongs to a segment that began T * ceil(M / T) tokens back, and saw
-all of that before it, and its memory. Each token is still computed only once. The cost: attention over M + T keys instead
-of T, M states a layer to keep, segments that must be read in the order of the text, and no learning of what would be good to
-keep.
+that segment from its first token on, and the memory of that time. Each token is still computed only once. The cost: attention
+over M + T keys instead of T, M states a layer to keep, segments that must be read in the order of the text, and no learning of
+what would be good to keep.
 
 It needs one change to the Transformer: positions must be *relative*. Absolute positions, 0 … T-1 in each segment, are
 added to the embeddings and so are part of every state for good: those in memory would claim the same places as those of
@@ -50,16 +50,14 @@ Shapes are written in comments with these letters:
     B  batch    T  queries: tokens of the segment    M  memory: states kept so far, at most mem_len    K = M + T  keys
     H  heads    D  d_model    d = D / H    F  d_ff    V  vocabulary    N  n_layer
 
-(T is `tgt_len` in the authors' code, github.com/kimiyoung/transformer-xl. Its `ext_len`, tokens at the end of a segment to
-be read once more in the next, is left out; so are the adaptive softmax and embeddings, which characters do not need.
-Its PyTorch half is meant here. "labml" is the annotated implementation at nn.labml.ai/transformers/xl.)
+("The authors' code" is the PyTorch half of github.com/kimiyoung/transformer-xl. It calls T `tgt_len`. Its `ext_len`, tokens at
+the end of a segment to be read once more in the next, is left out; so are the adaptive softmax and embeddings, which characters
+do not need. "labml" is the annotated implementation at nn.labml.ai/transformers/xl.)
 
-From autograd.py: `xp` is NumPy or CuPy. A Tensor is an array with a gradient; `.data` is the array. `@op` lists an operation
-for the tests, `arrays(…)` are its operands' arrays, and `result(y, (x, f))` is the Tensor of its value y, whose gradient g
-goes on to x as f(g); `jointly` lists the pairs (x, f) of several x whose gradients one function computes. `normalise` gives
-every row of numbers mean 0 and variance 1; `layer_norm` then multiplies it by a learned gain and adds a learned bias.
-`@fused` marks formulas that a GPU computes in one pass.
-`linear(x, W, b, gain, bias, before=m)` is ([m, x] gain + bias) W + b, with m, which gets no gradient, in front of x along
+From autograd.py: `xp` is NumPy or CuPy. A Tensor is an array, `.data`, with a gradient. `result(y, (x, f))` is the Tensor of an
+operation's value y, whose gradient g goes on to x as f(g); `jointly` lists the pairs (x, f) of several x whose gradients one
+function computes. `arrays(…)` are an operation's operands as arrays; `@op` lists it for the tests, `@fused` marks formulas that
+a GPU computes in one pass. `linear(x, W, b, before=m)` is [m, x] W + b, with m, which gets no gradient, in front of x along
 time. `row_sums` and `row_dots` sum over the last axis, which stays with size 1: one array, or the product of two.
 `shared_zeros` are zeros that several processes see.
 """
@@ -76,66 +74,50 @@ from autograd import (Tensor, arrays, cross_entropy, dropout, embedding, fused, 
 # %% 1. The configuration
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What determines the function a model computes. ValueError names the field that is wrong.
-
-    vocab_size    V, the number of different tokens
-    mem_len       most states each layer keeps of the past; 0: none
-    dropout       probability that, in training, a number of the embeddings, of the output of attention and feed-forward, of the
-                  feed-forward's hidden values or of the final states is set to 0
-    attn_dropout  probability of dropping an attention weight
-    pre_norm      True: x + f(norm(x)), which also trains well with a short warm-up. False: norm(x + f(x)), the paper's
-    tie_weights   the output layer uses the embedding table (Press and Wolf 2017)
-    positions     "sinusoid": the paper's. "learned": a learned vector and bias for each distance (Shaw et al. 2018)
-    clamp_len     a larger distance is treated as this one; None: none is. "learned" needs it: its table has clamp_len + 1 rows
-    activation    of the feed-forward's hidden values. "relu": the paper's. "squared_relu": its square (So et al. 2021)
-    same_length   True: each query sees itself and at most the mem_len keys before it, so that with a full memory all see
-                  as many (the authors' code: one key less). False: the whole memory and all of its segment before it
-    """
-    vocab_size: int
+    """What determines the function a model computes. ValueError names the field that is wrong."""
+    vocab_size: int                 # V, the number of different tokens
     n_layer: int = 4
     n_head: int = 4
     d_model: int = 128
     d_ff: int = 512
-    mem_len: int = 64
-    dropout: float = 0.0
-    attn_dropout: float = 0.0
-    pre_norm: bool = True
-    tie_weights: bool = False
-    positions: str = "sinusoid"
-    clamp_len: int | None = None
-    activation: str = "relu"
-    same_length: bool = False
+    mem_len: int = 64               # most states each layer keeps of the past; 0: none
+    dropout: float = 0.0            # probability that, in training, a number of the embeddings, of the output of attention and
+                                    # feed-forward, of the latter's hidden values or of the final states is set to 0
+    attn_dropout: float = 0.0       # probability of dropping an attention weight
+    pre_norm: bool = True           # x + f(norm(x)), for which a short warm-up is enough; False: the paper's norm(x + f(x))
+    tie_weights: bool = False       # True: the output layer uses the embedding table (Press and Wolf 2017)
+    positions: str = "sinusoid"     # the paper's; "learned": a learned vector and bias for each distance (Shaw et al. 2018)
+    clamp_len: int | None = None    # a larger distance is treated as this one; None: none is. "learned" has a table of
+                                    # clamp_len + 1 rows and so needs it
+    activation: str = "relu"        # of the feed-forward's hidden values; "squared_relu": its square (So et al. 2021)
+    same_length: bool = False       # True: a query sees itself and at most the mem_len keys before it, so that with a full
+                                    # memory all see as many (the authors' code: one key less). False: the whole memory and
+                                    # all of its segment before it
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
             kind, value = int | float if field.type is float else field.type, getattr(self, field.name)
             if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
                 raise ValueError(f"{field.name} must be {getattr(kind, '__name__', kind)}, not {value!r}")
-        for name in ("vocab_size", "n_layer", "n_head", "d_model", "d_ff"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name, least in dict(vocab_size=1, n_layer=1, n_head=1, d_model=1, d_ff=1, mem_len=0, clamp_len=0).items():
+            if getattr(self, name) is not None and getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
         if self.d_model % (2 * self.n_head):
             raise ValueError(f"d_model must be a multiple of 2 * n_head = {2 * self.n_head}, not {self.d_model}")
-        if self.mem_len < 0:
-            raise ValueError(f"mem_len must not be negative, is {self.mem_len}")
         for name in ("dropout", "attn_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), not {getattr(self, name)}")
         for name, choices in (("positions", ("sinusoid", "learned")), ("activation", ("relu", "squared_relu"))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, not {getattr(self, name)!r}")
-        if self.clamp_len is not None and self.clamp_len < 0:
-            raise ValueError(f"clamp_len must not be negative, is {self.clamp_len}")
         if self.positions == "learned" and self.clamp_len is None:
             raise ValueError("positions='learned' needs clamp_len: the table has one row for each distance 0 … clamp_len")
 
     def parameter_count(self):
         """How many numbers a model of this configuration learns."""
         V, D, F, H = self.vocab_size, self.d_model, self.d_ff, self.n_head
-        attention = 5 * D * D + 2 * D                       # W_q, W_kv, W_o, W_r; u, v
-        if self.positions == "learned":
-            attention = 4 * D * D + D + (self.clamp_len + 1) * (D + H)
-        layer = attention + 2 * D * F + F + D + 4 * D       # with W_1, W_2, b_1, b_2 and two norms
+        distances = D * D + D if self.positions == "sinusoid" else (self.clamp_len + 1) * (D + H)   # W_r, v; table, bias
+        layer = 4 * D * D + D + distances + 2 * D * F + F + D + 4 * D   # W_q, W_kv, W_o, u; W_1, W_2, b_1, b_2, two norms
         return V * D + self.n_layer * layer + (2 * D if self.pre_norm else 0) + (0 if self.tie_weights else D * V) + V
 
 
@@ -149,8 +131,7 @@ class Config:
 #     query i=1             3    2     1    0    .
 #     query i=2             4    3     2    1    0
 #
-# The distances of visible keys are 0 … K-1, and each stands on a diagonal. A vector r for each distance is enough; what a
-# query's dot product with it means is said in section 3.
+# The distances of visible keys are 0 … K-1, and each stands on a diagonal. A vector r for each of them is enough.
 
 def sinusoid(distances, d_model, dtype=numpy.float32):
     """R of the paper: [K] distances -> [K, d_model], sines then cosines of geometrically slower waves.
@@ -178,16 +159,15 @@ def relative_positions(config, T, M, dtype):
 def rel_shift(x):
     """From columns that count distance to columns that count keys: [..., T, K] -> [..., T, K].
 
-    Query i needs, for key j, the score of distance M + i - j. Done directly, the vector of that distance would have to be
-    fetched for each of the T * K pairs (i, j). But there are only K distances, so attention scores all queries against all
-    K vectors in one matrix product. The scores then stand in the wrong columns:
+    Query i scores key j with the vector r of their distance, M + i - j. There are T * K pairs but only K distances, so all
+    queries are multiplied with all K vectors in one matrix product. Its columns stand for distances, the same in every row:
 
-        row i:   [K-1, K-2, …, 2, 1, 0]         the distance that each column stands for, the same in every row
+        row i:   [K-1, K-2, …, 2, 1, 0]
 
-    What row i wants is that list moved left by T-1-i places, so that distance 0 arrives at its own key j = M + i. Moving each
-    row by a different amount needs no loop. Write the rows one behind the other, in one line: row i begins at place i K of it.
-    Moved left by T-1-i, it begins with what stands T-1-i places later, at i K + T-1-i = T-1 + i (K-1): the first row at
-    T-1, and each further one K-1 places after the one before. For T = 3, K = 5 (each number a distance):
+    Row i has to move left by T-1-i places, so that distance 0 arrives at its own key j = M + i. This needs no loop. Write the
+    rows one behind the other, in one line: row i begins at place i K of it. Moved left by T-1-i, it begins with what stands
+    T-1-i places later, at i K + T-1-i = T-1 + i (K-1): the first row at T-1, and each further one K-1 places after the one
+    before. For T = 3, K = 5 (each number a distance):
 
         4 3 2 1 0             4 3 2 1 0 4 3 2 1 0 4 3 2 1 0             2 1 0 4 3
         4 3 2 1 0     -->         ^       ^       ^             -->     3 2 1 0 4
@@ -202,9 +182,6 @@ def rel_shift(x):
 
     >>> rel_shift(Tensor([[4, 3, 2, 1, 0]] * 3)).numpy().tolist()
     [[2, 1, 0, 4, 3], [3, 2, 1, 0, 4], [4, 3, 2, 1, 0]]
-
-    Gradient: that of every number goes to the place in the line from which it came. The last of a row and the first of the
-    next came from the same one, so there the gradients add; the first T-1 of the line were left out and get 0.
     """
     return result(_rows_from_line(x.data, x.shape[-1]), (x, _shift_back))
 
@@ -218,7 +195,8 @@ def _rows_from_line(x, n):
 
 
 def _shift_back(g):
-    """The gradient of rel_shift, [..., T, K] -> [..., T, K]."""
+    """The gradient of rel_shift: that of every number goes to the place in the line from which it came. The last of a row and
+    the first of the next came from the same one, so there the gradients add; the line's first T-1 were left out and get 0."""
     *batch, T, K = g.shape
     if T == 1:
         return g                                        # a single query is at the end of its row already
@@ -272,26 +250,22 @@ def hidden_keys(T, M, window=None):
 class RelativeMultiHeadAttention:
     """Attention of a segment over itself and the memory before it, with relative positions (the paper's section 3.3).
 
-    W_q [D, D], W_kv [D, 2 D]   queries; keys, then values. Each head has d neighbouring columns of each
-    W_o [D, D]                  output; each head has d neighbouring rows
-    u [H, d]                    (c)
-    sinusoid:  W_r [D, D], v [H, d]                                 (b), (d)
-    learned:   table [clamp_len + 1, H, d], bias [clamp_len + 1, H]   (b), (d)
+    Each head has d neighbouring columns of W_q, W_k, W_v and W_r, and d neighbouring rows of W_o.
     """
 
     def __init__(self, config, rng, dtype):
         D, H = config.d_model, config.n_head
         self.config = config
-        self.W_q, self.W_kv = weight(rng, (D, D), dtype), weight(rng, (D, 2 * D), dtype)
-        self.W_o = weight(rng, (D, D), dtype, scale=1 / math.sqrt(2 * config.n_layer))
-        self.u = zeros((H, D // H), dtype)
+        self.W_q, self.W_kv = weight(rng, (D, D), dtype), weight(rng, (D, 2 * D), dtype)        # W_kv: W_k, then W_v
+        self.W_o = weight(rng, (D, D), dtype, scale=1 / math.sqrt(2 * config.n_layer))          # output
+        self.u = zeros((H, D // H), dtype)                                                      # (c)
         if config.positions == "sinusoid":
-            self.W_r = weight(rng, (D, D), dtype)
-            self.v = zeros((H, D // H), dtype)
+            self.W_r = weight(rng, (D, D), dtype)                                               # (b)
+            self.v = zeros((H, D // H), dtype)                                                  # (d)
         else:
             rows = config.clamp_len + 1
-            self.table = weight(rng, (rows, H, D // H), dtype, scale=math.sqrt(rows))     # as if for one input
-            self.bias = zeros((rows, H), dtype)
+            self.table = weight(rng, (rows, H, D // H), dtype, scale=math.sqrt(rows))           # (b), as if for one input
+            self.bias = zeros((rows, H), dtype)                                                 # (d)
 
     def __call__(self, x, memory, positions, mask, generator=None, norm=None):
         """x [B, T, D], memory [B, M, D] -> [B, T, D].
@@ -313,46 +287,39 @@ class RelativeMultiHeadAttention:
         memory, with stopped gradient, then the segment, joined along time."""
         gain_and_bias = ()
         if norm is not None:
-            # The norm comes in two halves: normalise here, gain and bias in `linear`, which finds their gradients,
-            # memory's share included, from that of the weights. So no gradient of memory is ever computed.
+            # In two halves: `normalise` gives every row mean 0 and variance 1; `linear` multiplies by gain and adds bias, and
+            # finds their gradients, memory's share included, from that of the weights. So memory never needs a gradient.
             x, memory, gain_and_bias = normalise(x), normalise(memory), (norm.gain, norm.bias)
-        return (linear(x, self.W_q, 0.0, *gain_and_bias),
-                linear(x, self.W_kv, 0.0, *gain_and_bias, before=memory))
+        return linear(x, self.W_q, 0.0, *gain_and_bias), linear(x, self.W_kv, 0.0, *gain_and_bias, before=memory)
 
     def mix(self, q, kv, positions, mask, generator):
         """What each query finds: the values, weighted by attention. [B, T, D], [B, K, 2 D] -> [B, T, D]."""
-        B, T, D = q.shape
-        H, d, K = self.config.n_head, D // self.config.n_head, kv.shape[1]
         attention = dropout(self.weights(q, kv, positions, mask), self.config.attn_dropout, generator)
-        values = kv[..., D:].reshape(B, K, H, d).transpose(2, 0, 1, 3)             # [H, B, K, d]
-        return (attention @ values).transpose(1, 2, 0, 3).reshape(B, T, D)         # [H, B, T, d] -> [B, T, D]
+        values = heads(kv[..., q.shape[-1]:], self.config.n_head)
+        return (attention @ values).transpose(1, 2, 0, 3).reshape(q.shape)         # [H, B, T, d] -> [B, T, D]
 
     def weights(self, q, kv, positions, mask):
         """How much each query attends to each key, for every head: [B, T, D], [B, K, 2 D] -> [H, B, T, K]."""
-        B, T, D = q.shape
-        H, d, K = self.config.n_head, D // self.config.n_head, kv.shape[1]
-        # The heads stand in front, so that r, which is the same for all B sequences, takes one product for each head.
-        q = q.reshape(B, T, H, d).transpose(2, 0, 1, 3)                            # [H, B, T, d]
-        k = kv[..., :D].reshape(B, K, H, d).transpose(2, 0, 3, 1)                  # [H, B, d, K]
-        content = (q + self.u.reshape(H, 1, 1, d)) @ k                             # (a) + (c)   [H, B, T, K]
-        position = self.position_scores(q.reshape(H, B * T, d), positions)
-        position = rel_shift(position.reshape(H, B, T, K))                         # (b) + (d)   [H, B, T, K]
+        (B, T, D), K, (H, d) = q.shape, kv.shape[1], self.u.shape
+        q, k = heads(q, H), heads(kv[..., :D], H)                                  # [H, B, T, d], [H, B, K, d]
+        content = (q + self.u.reshape(H, 1, 1, d)) @ k.swapaxes(-1, -2)            # (a) + (c)   [H, B, T, K]
+        r, term_d = self.distance_terms(positions)
+        position = q.reshape(H, B * T, d) @ r + term_d                             # (b) + (d), a column for each distance
+        position = rel_shift(position.reshape(H, B, T, K))                         # a column for each key   [H, B, T, K]
         return softmax((content + position) * (1 / math.sqrt(d)), mask)
 
-    def position_scores(self, q, positions):
-        """Terms (b) + (d), a column for each distance: [H, B*T, d] -> [H, B*T, K]."""
-        H, _, d = q.shape
-        r = self.distance_vectors(positions)
-        if self.config.positions == "learned":
-            return q @ r + self.bias[positions].T.reshape(H, 1, -1)
-        return (q + self.v.reshape(H, 1, d)) @ r
-
-    def distance_vectors(self, positions):
-        """r for every distance: [H, d, K]."""
+    def distance_terms(self, positions):
+        """For every distance: r [H, d, K], which (b) is made with, and (d) [H, 1, K]."""
         H, d = self.u.shape
         if self.config.positions == "learned":
-            return self.table[positions].transpose(1, 2, 0)
-        return (positions @ self.W_r).reshape(-1, H, d).transpose(1, 2, 0)
+            return self.table[positions].transpose(1, 2, 0), self.bias[positions].T.reshape(H, 1, -1)
+        r = (positions @ self.W_r).reshape(-1, H, d).transpose(1, 2, 0)
+        return r, self.v.reshape(H, 1, d) @ r
+
+
+def heads(x, H):
+    """[B, n, D] -> [H, B, n, d], a view. Heads are in front so that r, the same for all B, takes one product for each."""
+    return x.reshape(*x.shape[:2], H, x.shape[2] // H).transpose(2, 0, 1, 3)
 
 
 # The parameters start as random numbers from NumPy's generator on every device, so that a seed means the same model
@@ -366,10 +333,6 @@ def weight(rng, shape, dtype, scale=1.0):
 
 def zeros(shape, dtype):
     return Tensor(xp.zeros(shape, dtype=dtype), requires_grad=True)
-
-
-def ones(shape, dtype):
-    return Tensor(xp.ones(shape, dtype=dtype), requires_grad=True)
 
 
 # %% 4. The same attention, faster
@@ -395,13 +358,11 @@ def ones(shape, dtype):
 # d_q is the sum of d_(q+u) and d_(q+v), d_u the first of them summed over all queries, d_v the second. In the code
 # q_u and q_v are (q + u) / sqrt(d) and (q + v) / sqrt(d): d_k and d_r contain the factor, d_q, d_u and d_v get it at the end.
 #
-# The queries n … n+t-1 see the first M + n + t keys. For a block of them the problem is the same with that many keys,
-# whose distances are the last rows of r: what lies in the future of all of them is not computed at all. Blocks share keys
-# and distances, so gradients of those add up. They are taken from the last queries to the first: the first one taken, of
-# the same heads and sequences, sees all keys, and its d_keys and d_values are written into new arrays; those of the others are
-# added to a part of them. (d_r, which sequences share too, starts from 0.)
+# The queries n … n+t-1 see the first M + n + t keys, so a block of them is the same problem with fewer keys, whose distances
+# are the last rows of r. Blocks share keys and distances: these gradients add up. The last queries, which see all keys, come
+# first: their d_keys and d_values are written into new arrays, and those of earlier queries added to a part of them.
 
-QUERIES, SCORES = 64, 1 << 17       # of a block, at most: half a megabyte (or more, if one head and one sequence have more)
+QUERIES, SCORES = 64, 1 << 17       # of a block, at most: half a megabyte of float32 (more, if one head and sequence have more)
 
 
 @op
@@ -413,10 +374,6 @@ def attend(q, kv, r, u, v, hidden):
     Q, KV, R, U, V = arrays(q, kv, r, u, v)
     (B, T, D), (K, _), (H, d) = Q.shape, R.shape, U.shape
     scale = 1 / math.sqrt(d)
-
-    def heads(x):
-        """[B, n, D] -> [H, B, n, d], a view."""
-        return x.reshape(*x.shape[:2], H, d).transpose(2, 0, 1, 3)
 
     def rows(x):
         """[H, b, n, d] -> [H, b*n, d]"""
@@ -431,11 +388,8 @@ def attend(q, kv, r, u, v, hidden):
     blocks = [((slice(i, i + h), slice(j, j + b), slice(n, n + t)), slice(0, min(K, K - T + n + t)))
               for i in range(0, H, h) for j in range(0, B, b) for n in range(0, T, t)]
 
-    def queries():
-        """q + u and q + v, over sqrt(d): [H, B, T, d]. Made twice, because keeping them would cost memory."""
-        return (heads((Q + bias.reshape(D)) * scale) for bias in (U, V))
-    q_u, q_v = queries()
-    keys, values = heads(KV[..., :D]), heads(KV[..., D:])
+    q_u, q_v = (heads((Q + bias.reshape(D)) * scale, H) for bias in (U, V))        # [H, B, T, d]
+    keys, values = heads(KV[..., :D], H), heads(KV[..., D:], H)
     R = xp.ascontiguousarray(R.reshape(K, H, d).transpose(1, 0, 2))                # [H, K, d]
     minus_infinity = xp.where(hidden, -xp.inf, 0.0).astype(Q.dtype)
     o, z, numerators = xp.empty_like(Q), xp.empty((H, B, T, 1), dtype=Q.dtype), []
@@ -446,17 +400,16 @@ def attend(q, kv, r, u, v, hidden):
         add_to_scores(_rows_from_line(by_distance.reshape(E.shape), seen.stop), minus_infinity[n, seen], E)
         exp_of_difference(E.max(axis=-1, keepdims=True), E)
         z[block] = row_sums(E)
-        xp.matmul(E, values[i, j, seen], out=heads(o)[block])
+        xp.matmul(E, values[i, j, seen], out=heads(o, H)[block])
         numerators.append(E)
     inverse_z = 1 / z
-    heads(o)[...] *= inverse_z
+    heads(o, H)[...] *= inverse_z
 
     def gradients(g):
-        q_u, q_v = queries()
-        g_z = heads(g) * inverse_z                                                 # g / z   [H, B, T, d]
-        g_z_dot_o = row_dots(g_z, heads(o))
+        g_z = heads(g, H) * inverse_z                                              # g / z   [H, B, T, d]
+        g_z_dot_o = row_dots(g_z, heads(o, H))
         d_q_u, d_q_v, d_kv, d_r = xp.empty_like(Q), xp.empty_like(Q), xp.empty_like(KV), xp.zeros_like(R)
-        d_keys, d_values = heads(d_kv[..., :D]), heads(d_kv[..., D:])
+        d_keys, d_values = heads(d_kv[..., :D], H), heads(d_kv[..., D:], H)
         for (block, seen), E in zip(reversed(blocks), reversed(numerators)):
             i, j, n = block
             d_score = g_z[block] @ values[i, j, seen].swapaxes(-1, -2)
@@ -467,9 +420,9 @@ def attend(q, kv, r, u, v, hidden):
                     xp.matmul(x[block].swapaxes(-1, -2), scores, out=d_x[i, j].swapaxes(-1, -2))
                 else:
                     d_x[i, j, seen] += (x[block].swapaxes(-1, -2) @ scores).swapaxes(-1, -2)
-            xp.matmul(d_score, keys[i, j, seen], out=heads(d_q_u)[block])
+            xp.matmul(d_score, keys[i, j, seen], out=heads(d_q_u, H)[block])
             d_by_distance = rows(_shift_back(d_score))
-            heads(d_q_v)[block] = (d_by_distance @ R[i, K - seen.stop:]).reshape(g_z[block].shape)
+            heads(d_q_v, H)[block] = (d_by_distance @ R[i, K - seen.stop:]).reshape(g_z[block].shape)
             d_r[i, K - seen.stop:] += (rows(q_v[block]).swapaxes(-1, -2) @ d_by_distance).swapaxes(-1, -2)
         all_queries = xp.full(B * T, scale, dtype=Q.dtype)                         # a product with it is a sum, scaled
         d_u, d_v = ((all_queries @ x.reshape(B * T, D)).reshape(H, d) for x in (d_q_u, d_q_v))
@@ -503,17 +456,14 @@ class LayerNorm:
     """layer_norm with its parameters: gain [D], bias [D]."""
 
     def __init__(self, config, dtype):
-        self.gain, self.bias = ones(config.d_model, dtype), zeros(config.d_model, dtype)
+        self.gain, self.bias = Tensor(xp.ones(config.d_model, dtype=dtype), True), zeros(config.d_model, dtype)
 
     def __call__(self, x):
         return layer_norm(x, self.gain, self.bias)
 
 
 class FeedForward:
-    """relu(x W_1 + b_1) W_2 + b_2, position by position: [B, T, D] -> [B, T, D] through [B, T, d_ff].
-
-    Or with relu(…)^2, which train_shakespeare.py prefers: the validation loss there ends 0.01 lower.
-    """
+    """relu(x W_1 + b_1) W_2 + b_2 (or with relu(…)^2), position by position: [B, T, D] -> [B, T, D] through [B, T, F]."""
 
     def __init__(self, config, rng, dtype):
         D, F = config.d_model, config.d_ff
@@ -548,12 +498,12 @@ class Layer:
 
 
 # %% 6. Memory
-# The memory of a layer is the *input* of that layer for the last M tokens: what its keys and values were computed
-# from. It is stored before the layer runs, as plain arrays without history (the operations that made them). With the
-# history, gradients would also say what would have been good to store, and the graph of the whole text would stay alive.
-# Without it a segment's cost is constant, and states in memory are constants: parameters get a gradient for the use they
-# make of memory in this segment, none for having made it in an earlier one. (It was made by the parameters of some
-# updates ago, from memory that was older still: while training it is a little out of date.)
+# The memory of a layer is the *input* of that layer for the last M tokens: what its keys and values were computed from. It is
+# stored before the layer runs, as plain arrays without history (the operations that made them): constants. Parameters get a
+# gradient for the use they make of memory in this segment, none for having made it in an earlier one. Such a gradient would say
+# what would have been good to store, but for it the graph of the whole text would have to stay alive; without it a segment's
+# cost is constant. (Memory was made by the parameters of some updates ago, from memory that was older still: while training it
+# is a little out of date.)
 #
 # Memory starts empty, grows to mem_len states a layer and stays there. Row b of it belongs to row b of the batch, so row b
 # of the next segment must be the text that follows.
@@ -562,10 +512,9 @@ class Layer:
 #     segment                   [ h h h h ]   T = 4 new inputs of this layer
 #     after              [ m m h h h h ]      the last M of both
 #
-# No parameter's shape depends on M, sinusoids exist for every distance, and a learned table's last row serves for all beyond
-# it (if training has reached it), so a model trained with one memory length can be evaluated with another, longer one. And
-# evaluating a text is one pass over it: every token is computed once and yet sees, once memory is full, at least the M tokens
-# before it. A window slid by one token computes M + 1 tokens for each.
+# No parameter's shape depends on M, and there is an r for every distance, so a model can be evaluated with a longer memory than
+# it was trained with. Evaluating a text is one pass over it: every token is computed once and yet sees, once memory is full,
+# at least the M tokens before it. A window slid by one token computes M + 1 tokens for each.
 #
 # There are N memories. (The authors' code keeps N + 1; nothing attends to the last layer's output.)
 
@@ -584,11 +533,7 @@ def update_memory(memory, h, mem_len):
 
 # %% 7. The model
 class TransformerXL:
-    """The language model: `logits, memory = model(tokens, memory)`.
-
-    config   Config
-    seed     of the initial weights
-    dtype    float32 for speed, float64 for truth (gradient checks)
+    """The language model: `logits, memory = model(tokens, memory)`. dtype: float32 for speed, float64 for gradient checks.
 
     Dropout acts when, and only when, a call is given a generator; there is no training mode to forget.
     """
@@ -634,7 +579,7 @@ class TransformerXL:
         positions = relative_positions(config, T, M, self.dtype)
         mask = hidden_keys(T, M, mem_len if config.same_length else None)
 
-        # Numbers of size about 1. (The authors' dropout acts on R as well.)
+        # Rows of length about 1, times sqrt(D): numbers of size about 1. (The authors' dropout acts on R as well.)
         h = embedding(self.embedding, tokens) * math.sqrt(config.d_model)          # [B, T, D]
         h = dropout(h, config.dropout, generator)
         new_memory = []
@@ -671,11 +616,11 @@ def loss_and_memory(model, tokens, targets, memory=None, generator=None):
 def attention_by_distance(model, tokens, memory):
     """How far back each layer looks: mean attention weights [n_layer, K], element n for the key n tokens back.
 
-    The mean is over heads, sequences and those queries of `tokens` [B, T] that see so far; `memory` as in a call of model.
-    (max(M, T) states are asked for, so that each layer's input for this segment is among them. With same_length that is also
-    how many keys before it a query sees then: give a full memory, and no more tokens than it has.)
+    The mean is over heads, sequences and those queries of `tokens` [B, T] that have so many before them; `memory` as in a call
+    of model.
+    (With same_length, give a full memory and no more tokens than it has: queries see the max(M, T) keys before them here.)
     """
-    B, T = tokens.shape
+    T = tokens.shape[1]
     M, config, rows = memory[0].shape[1], model.config, []
     with no_grad():
         _, inputs = model(tokens, memory, mem_len=max(M, T))    # the end of each layer's new memory is its input
@@ -745,11 +690,10 @@ class Adam:
 
     def collect(self, part, leaves):
         """Make [(parameter, its gradient), …] the gradients of one part of the batch; the others are zero."""
-        missing = dict(self.places)
+        if len(leaves) < len(self.places):
+            self.gradient[part] = 0
         for p, g in leaves:
-            self.gradient[part, missing.pop(p)] = g.reshape(-1)
-        for place in missing.values():
-            self.gradient[part, place] = 0
+            self.gradient[part, self.places[p]] = g.reshape(-1)
 
     def step(self, lr=None, everywhere=None):
         """Update the parameters; returns the gradient's norm before clipping, a 0-d array.
@@ -797,7 +741,7 @@ class Adam:
 
     @contextlib.contextmanager
     def averaged(self):
-        """Inside `with adam.averaged():` the parameters are their averages. (There is one after the first step.)"""
+        """Inside `with adam.averaged():` the parameters are their averages, which the first step sets."""
         current = self.value.copy()
         self.value[...] = self.average
         try:
@@ -808,8 +752,7 @@ class Adam:
 
 @fused
 def adam_update(factor, share_m, share_v, share_a, v_sum, eps, rate, decay, decayed, g, m, v, w, a):
-    """The formulas above, in place. The shares are what the newest counts in each mean, 1 - beta1 in m; v_sum = 1 - beta2^t,
-    rate = lr / (1 - beta1^t), decay = lr * weight_decay."""
+    """The formulas of Adam's docstring, in place; the call in `update` says what the arguments are."""
     g *= factor
     m += share_m * (g - m)
     v += share_v * (g * g - v)
@@ -843,11 +786,7 @@ def warmup_cosine(step, steps, peak, warmup, final):
 # matrix, however long the text. Up to rounding the logits are the model's own.
 
 class CachedLayer:
-    """`layer` for one token at a time: h [D] -> [D], with the keys and values of the tokens before it.
-
-    memory    [1, M, D], what the layer remembers of the text before the first token
-    mem_len   tokens to remember from then on
-    """
+    """`layer` for one token at a time: h [D] -> [D]. It keeps keys and values of mem_len tokens, first of `memory` [1, M, D]."""
 
     def __init__(self, layer, memory, mem_len):
         config, attention, dtype = layer.config, layer.attention, memory.dtype
@@ -855,40 +794,34 @@ class CachedLayer:
         self.layer, self.mem_len = layer, mem_len
         self.W_qkv = xp.concatenate([attention.W_q.data, attention.W_kv.data], axis=1)
         with no_grad():
-            positions = relative_positions(config, 1, mem_len, dtype)              # distances mem_len … 0
-            self.r = attention.distance_vectors(positions).data                    # [H, d, mem_len + 1]
-            zero = Tensor(xp.zeros((H, 1, d), dtype=dtype))                        # with q = 0, (b) + (d) is (d)
-            self.fixed = attention.position_scores(zero, positions).data           # [H, 1, mem_len + 1]
+            terms = attention.distance_terms(relative_positions(config, 1, mem_len, dtype))    # of distances mem_len … 0
+            self.r, self.term_d = (term.data for term in terms)                    # [H, d, mem_len + 1], [H, 1, mem_len + 1]
             h = layer.attention_norm(Tensor(memory[0])).data if config.pre_norm else memory[0]
         # Room for twice the memory and one: when it is full, the latter half moves to the front.
-        self.end = memory.shape[1]
-        self.keys, self.values = (xp.zeros((H, 2 * mem_len + 1, d), dtype=dtype) for _ in range(2))
-        kv = (h @ attention.W_kv.data).reshape(self.end, 2, H, d)
-        self.keys[:, :self.end], self.values[:, :self.end] = kv[:, 0].swapaxes(0, 1), kv[:, 1].swapaxes(0, 1)
+        self.cache, self.end = xp.zeros((2, H, 2 * mem_len + 1, d), dtype=dtype), len(h)
+        self.cache[:, :, :self.end] = (h @ attention.W_kv.data).reshape(self.end, 2, H, d).transpose(1, 2, 0, 3)
+        self.keys, self.values = self.cache
 
     def __call__(self, h):
         layer = self.layer
-        if layer.config.pre_norm:
-            h = h + self.attention(normed(h, layer.attention_norm))
-            return h + self.feed_forward(normed(h, layer.feed_forward_norm))
-        h = normed(h + self.attention(h), layer.attention_norm)
-        return normed(h + self.feed_forward(h), layer.feed_forward_norm)
+        for f, norm in ((self.attention, layer.attention_norm), (self.feed_forward, layer.feed_forward_norm)):
+            h = h + f(normed(h, norm)) if layer.config.pre_norm else normed(h + f(h), norm)
+        return h
 
     def attention(self, h):
         attention, M = self.layer.attention, self.mem_len
         H, d = attention.u.shape
-        if self.end == self.keys.shape[1]:
-            for cache in (self.keys, self.values):
-                cache[:, :M] = cache[:, self.end - M:].copy()
-            self.end = M
-        q, k, value = (h @ self.W_qkv).reshape(3, H, 1, d)
-        self.keys[:, self.end], self.values[:, self.end] = k[:, 0], value[:, 0]
+        if self.end == 2 * M + 1:
+            self.cache[:, :, :M], self.end = self.cache[:, :, M + 1:], M
+        qkv = (h @ self.W_qkv).reshape(3, H, d)
+        self.cache[:, :, self.end] = qkv[1:]
         self.end += 1
         K = min(M + 1, self.end)
         seen = slice(self.end - K, self.end)
+        q = qkv[0][:, None]                                                                   # [H, 1, d]
         scores = (q + attention.u.data[:, None]) @ self.keys[:, seen].swapaxes(1, 2)          # (a) + (c)   [H, 1, K]
         scores += q @ self.r[:, :, M + 1 - K:]                                                # (b)
-        scores += self.fixed[:, :, M + 1 - K:]                                                # (d)
+        scores += self.term_d[:, :, M + 1 - K:]                                               # (d)
         weights = xp.exp((scores - scores.max(axis=-1, keepdims=True)) * (1 / math.sqrt(d)))
         weights /= weights.sum(axis=-1, keepdims=True)
         return (weights @ self.values[:, seen]).reshape(H * d) @ attention.W_o.data
