@@ -200,6 +200,25 @@ def test_resume_refuses_what_would_make_another_run(folder, finished):
     assert "nothing to resume" in run(folder, "--data", "text", "--out", "nowhere", "--resume", status=1).stderr
 
 
+def test_a_finished_run_is_resumed_only_for_more_steps(folder, finished):
+    before = (folder / "run" / "checkpoint.npz").read_bytes()
+    answer = run(folder, "--data", "text", "--out", "run", "--resume").stdout
+    assert answer.splitlines() == ["the run in run is at step 30 already; --steps N with a larger N trains on"]
+    assert (folder / "run" / "checkpoint.npz").read_bytes() == before
+
+
+def test_without_memory_it_trains_and_evaluates_too(folder):
+    assert "memory 0; run in" in trained(folder, "no-memory", 5, "--mem-len", "0").stdout
+    answer = run(folder, "--data", "text", "--out", "no-memory", "--eval").stdout
+    assert [line.split()[0] for line in answer.splitlines()[2:]] == ["0"]
+
+
+def test_learned_positions_have_a_vector_for_every_distance_met_in_training(folder):
+    trained(folder, "learned", 5, "--positions", "learned", "--mem-len", "24")
+    table = arrays(folder / "learned" / "checkpoint.npz")["parameters/layers.0.attention.table"]
+    assert table.shape == (16 + 24, 2, 8)
+
+
 def test_resume_may_train_longer(folder):
     trained(folder, "longer", 10)
     out = run(folder, "--data", "text", "--out", "longer", "--resume", "--steps", "15", "--threads", "1").stdout

@@ -7,6 +7,9 @@ standin.py shows that no step mixes the two.
 import contextlib
 import importlib.util
 import inspect
+import pathlib
+import subprocess
+import sys
 
 import numpy
 import pytest
@@ -19,6 +22,7 @@ from test_gradients import CASES, model_of, tensors
 from train_shakespeare import Streams, evaluate
 
 RNG = numpy.random.default_rng
+TESTS = pathlib.Path(__file__).resolve().parent
 
 
 def cuda_device():
@@ -183,6 +187,41 @@ def test_training_evaluation_and_generation_on_the_standin_are_those_of_numpy(op
     assert ours.keys() == numpys.keys()
     for name in ours:
         numpy.testing.assert_array_equal(ours[name], numpys[name], err_msg=name)
+
+
+COMMAND = """import sys; sys.path[:0] = sys.argv[1:3]
+import autograd, standin, train_shakespeare
+autograd._cupy = lambda tf32: standin.Library()
+sys.exit(train_shakespeare.main(sys.argv[3:]))"""
+
+
+def test_a_run_moves_between_devices_and_ends_with_the_same_bits(tmp_path):
+    """Trained, resumed on the other device, evaluated and continued, in both directions and on one device alone."""
+    (tmp_path / "text").write_text("".join(f"Citizen {n % 7}:\nWe know't, we know't.\n\n" for n in range(80)))
+
+    def command(*arguments):
+        done = subprocess.run([sys.executable, "-c", COMMAND, str(TESTS.parent), str(TESTS), "--data", "text", *arguments],
+                              cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+    small = ("--n-layer 1 --n-head 2 --d-model 16 --d-ff 16 --seq-len 16 --mem-len 16 --batch-size 4 --dropout 0.1 --lr 1e-2 "
+             "--log-every 5 --eval-every 10 --threads 1").split()
+    outcomes = []
+    for name, first, second in [("a", "cpu", "cpu"), ("b", "gpu", "cpu"), ("c", "cpu", "gpu"), ("d", "gpu", "gpu")]:
+        command("--device", first, "--out", name, "--steps", "10", *small)
+        command("--device", second, "--out", name, "--steps", "20", "--threads", "1", "--resume")
+        with numpy.load(tmp_path / name / "checkpoint.npz", allow_pickle=False) as file:
+            state = {key: file[key] for key in file.files if key != "meta"}
+        table = command("--device", second, "--out", name, "--eval", "--threads", "1").splitlines()[1:]
+        table = [line.split()[:4] for line in table]                            # without characters a second
+        written = command("--device", second, "--out", name, "--generate", "Citizen", "--length", "20")
+        outcomes.append((state, table, written))
+    (state, table, written), *others = outcomes
+    assert len(table) == 6 and len(written) == len("Citizen") + 20 + 1
+    for its_state, its_table, its_text in others:
+        assert its_state.keys() == state.keys() and its_table == table and its_text == written
+        for key in state:
+            numpy.testing.assert_array_equal(its_state[key], state[key], err_msg=key)
 
 
 def test_gradient_check_on_the_standin(on_the_standin):
