@@ -30,6 +30,7 @@ import math
 import mmap
 import os
 import threading
+import weakref
 
 import numpy
 
@@ -41,8 +42,7 @@ class _ArrayLibrary:
     CuPy has NumPy's interface, so everything else in this project is written once, against `xp`.
     """
 
-    def __init__(self):
-        self.module = numpy
+    module = numpy
 
     def __getattr__(self, name):
         return getattr(self.module, name)
@@ -77,12 +77,10 @@ def _cupy(tf32):
                           'pip install "cupy-cuda13x[ctk]" (CUDA 13) or "cupy-cuda12x[ctk]" (CUDA 12), '
                           f"or use --device cpu [{error.__class__.__name__}]") from error
     try:
-        devices = cupy.cuda.runtime.getDeviceCount()
+        cupy.cuda.runtime.getDeviceCount()
     except cupy.cuda.runtime.CUDARuntimeError as error:
         raise DeviceError("CuPy is installed but finds no working CUDA device: check that nvidia-smi lists a GPU and "
                           f"that its driver is new enough for this CuPy, or use --device cpu [{error}]") from error
-    if devices == 0:
-        raise DeviceError("CuPy is installed but this machine has no CUDA device: use --device cpu")
     try:
         (cupy.random.default_rng(0).random((2, 2), dtype=cupy.float32) @ cupy.ones((2, 2), dtype=cupy.float32)).get()
     except Exception as error:              # a library of CUDA that does not load, a kernel that does not compile, …
@@ -119,10 +117,11 @@ def fused(function):
 
 
 # %% 2. The graph
-# Every operation makes a Tensor that remembers the operands that need a gradient and, for each, the function that carries
-# the gradient back to it. Each such pair is an edge; together the edges are what is often called the tape. A Tensor without
-# edges is a leaf: a parameter, or a constant. Gradient functions refer to the arrays they need, they do not copy them (nor
-# does Tensor(array) copy): changing an array in place before backward() falsifies the gradients.
+# Every operation makes a Tensor, with a node that remembers the operands that need a gradient and, for each, the function
+# that carries the gradient back to it. Each such pair is an edge; together the edges are what is often called the tape. A
+# Tensor without edges is a leaf: a parameter, or a constant. Nodes hold no arrays. Gradient functions refer to the arrays they
+# need, and any other is freed as soon as the program forgets its Tensor (a quarter of the memory of a training step). They do
+# not copy them (nor does Tensor(array) copy): changing an array in place before backward() falsifies the gradients.
 #
 #     x ──┐
 #         ├─ multiply ── y ── sum ── loss          loss.backward() walks the edges from right to left
@@ -138,7 +137,6 @@ class _State(threading.local):
 
 _state = _State()
 _serial = itertools.count()
-_RELEASED = ("released",)   # the edges of a Tensor that backward() has passed (those of a leaf are empty)
 
 
 @contextlib.contextmanager
@@ -151,6 +149,17 @@ def no_grad():
         _state.recording = before
 
 
+class _Node:
+    """A Tensor's place in the graph."""
+
+    __slots__ = ("edges", "number", "shape", "leaf")
+
+    def __init__(self, edges, shape, leaf=None):
+        self.edges = edges                  # ((node of an operand, gradient function), …); () of a leaf, None when released
+        self.number = next(_serial)         # an operand is always older than the result
+        self.shape, self.leaf = shape, leaf
+
+
 class Tensor:
     """An array that knows where it came from.
 
@@ -160,7 +169,7 @@ class Tensor:
                     repeated calls add; otherwise None
     """
 
-    __slots__ = ("data", "grad", "requires_grad", "_edges", "_number", "__weakref__")
+    __slots__ = ("data", "grad", "requires_grad", "_node", "__weakref__")
     __array_ufunc__ = None      # `array * tensor` asks the Tensor, instead of multiplying element by element
 
     def __init__(self, data, requires_grad=False):
@@ -173,8 +182,7 @@ class Tensor:
             raise TypeError(f"Tensor: only floating-point values have a gradient, not {self.data.dtype}")
         self.grad = None
         self.requires_grad = requires_grad
-        self._edges = ()                    # ((operand, gradient function), …); empty for a leaf
-        self._number = next(_serial)        # an operand is always older than the result
+        self._node = _Node((), self.data.shape, weakref.ref(self))     # weak: a Tensor holds its node, not the reverse
 
     shape = property(lambda self: self.data.shape)
     ndim = property(lambda self: self.data.ndim)
@@ -211,7 +219,8 @@ class Tensor:
         >>> w.grad.tolist()
         [18.0, 64.0]
         """
-        accumulate(leaf_gradients(self, gradient))
+        for leaf, g in leaf_gradients(self, gradient):          # as new arrays: .grad shares memory with no other
+            leaf.grad = xp.array(g) if leaf.grad is None else xp.asarray(leaf.grad + g)
 
 
 def stop_gradient(x):
@@ -223,48 +232,6 @@ def stop_gradient(x):
     [3.0]
     """
     return x.detach()
-
-
-def leaf_gradients(root, gradient=None):
-    """The backward pass: [(leaf, its gradient), …] for every leaf with requires_grad that `root` was computed from.
-
-    It visits results before their operands, so that when a Tensor is visited its gradient g is complete. A result is
-    always younger than its operands: always to visit the youngest of those reached is such an order (and needs no recursion,
-    which in Python ends at a depth of a thousand).
-    """
-    if not root.requires_grad:
-        raise RuntimeError("backward: nothing this value was computed from requires a gradient "
-                           "(or it was computed inside no_grad())")
-    if gradient is None and root.size != 1:
-        raise ValueError(f"backward: this has shape {list(root.shape)}; give its gradient, or call it on a single number")
-    gradient = xp.ones_like(root.data) if gradient is None else xp.asarray(gradient, dtype=root.dtype)
-    if gradient.shape != root.shape:
-        raise ValueError(f"backward: gradient of shape {list(gradient.shape)} for a result of shape {list(root.shape)}")
-
-    gradients, reached, leaves = {root: gradient}, [(-root._number, root)], []      # reached: a heap, the youngest first
-    while reached:
-        _, tensor = heapq.heappop(reached)
-        g = gradients.pop(tensor)
-        if tensor._edges is _RELEASED:
-            raise RuntimeError("backward: this graph was released by an earlier backward(); compute the value again")
-        if not tensor._edges:
-            leaves.append((tensor, g))
-            continue
-        for operand, gradient_function in tensor._edges:
-            part = unbroadcast(gradient_function(g), operand.shape)
-            if operand in gradients:        # not +=: add, for one, gives the same array g to both operands
-                gradients[operand] = gradients[operand] + part
-            else:
-                gradients[operand] = part
-                heapq.heappush(reached, (-operand._number, operand))
-        tensor._edges = _RELEASED           # frees what the gradient functions held on to
-    return leaves
-
-
-def accumulate(leaves):
-    """Add each gradient of [(leaf, gradient), …] to leaf.grad, which never shares memory with another array."""
-    for leaf, g in leaves:
-        leaf.grad = xp.array(g) if leaf.grad is None else xp.asarray(leaf.grad + g)
 
 
 def unbroadcast(g, shape):
@@ -284,6 +251,45 @@ def unbroadcast(g, shape):
     extra = g.ndim - len(shape)
     repeated = tuple(axis for axis in range(g.ndim) if axis < extra or shape[axis - extra] != g.shape[axis])
     return g.sum(axis=repeated).reshape(shape)
+
+
+def leaf_gradients(root, gradient=None):
+    """The backward pass: [(leaf, its gradient), …] for every leaf with requires_grad that `root` was computed from.
+
+    It visits results before their operands, so that when a Tensor is visited its gradient g is complete. A result is
+    always younger than its operands: always to visit the youngest of those reached is such an order (and needs no recursion,
+    which in Python ends at a depth of a thousand).
+    """
+    if not root.requires_grad:
+        raise RuntimeError("backward: nothing this value was computed from requires a gradient "
+                           "(or it was computed inside no_grad())")
+    if gradient is None and root.size != 1:
+        raise ValueError(f"backward: this has shape {list(root.shape)}; give its gradient, or call it on a single number")
+    gradient = xp.ones_like(root.data) if gradient is None else xp.asarray(gradient, dtype=root.dtype)
+    if gradient.shape != root.shape:
+        raise ValueError(f"backward: gradient of shape {list(gradient.shape)} for a result of shape {list(root.shape)}")
+
+    node, leaves = root._node, []
+    gradients, reached = {node: gradient}, [(-node.number, node)]       # reached: a heap, the youngest first
+    while reached:
+        _, node = heapq.heappop(reached)
+        g = gradients.pop(node)
+        if node.edges is None:
+            raise RuntimeError("backward: this graph was released by an earlier backward(); compute the value again")
+        if not node.edges:
+            leaf = node.leaf()
+            if leaf is not None:            # nobody can ask a forgotten one for its gradient
+                leaves.append((leaf, g))
+            continue
+        for operand, gradient_function in node.edges:
+            part = unbroadcast(gradient_function(g), operand.shape)
+            if operand in gradients:        # not +=: add, for one, gives the same array g to both operands
+                gradients[operand] = gradients[operand] + part
+            else:
+                gradients[operand] = part
+                heapq.heappush(reached, (-operand.number, operand))
+        node.edges = None                   # frees what the gradient functions held on to
+    return leaves
 
 
 # %% 3. The operations
@@ -321,10 +327,10 @@ def result(data, *edges):
     """
     tensor = Tensor.__new__(Tensor)         # without the checks of __init__: this runs for every operation
     tensor.data = data if data.ndim else xp.asarray(data)
-    tensor.grad, tensor._number, tensor._edges = None, next(_serial), ()
+    tensor.grad, kept = None, ()
     if _state.recording:
-        tensor._edges = tuple([edge for edge in edges if isinstance(edge[0], Tensor) and edge[0].requires_grad])
-    tensor.requires_grad = bool(tensor._edges)
+        kept = tuple([(x._node, gradient) for x, gradient in edges if isinstance(x, Tensor) and x.requires_grad])
+    tensor.requires_grad, tensor._node = bool(kept), _Node(kept, tensor.data.shape)
     return tensor
 
 
@@ -371,8 +377,7 @@ def arrays(*operands):
     return values
 
 
-# Each operation returns result(value, (operand, gradient function), …). First arithmetic, elementwise with broadcasting;
-# the rules are those of a first calculus course.
+# First arithmetic, elementwise with broadcasting; the rules are those of a first calculus course.
 
 @op
 def add(a, b):
@@ -414,46 +419,23 @@ def negative(a):
     return result(-x, (a, lambda g: -g))
 
 
-@op
-def exp(a):
-    x, = arrays(a)
-    y = xp.exp(x)
-    return result(y, (a, lambda g: g * y))
+def elementary(name, f, of_x=None, of_y=None):
+    """The operation y = f(x). Its gradient is a function of g and either x or y; the other array is not kept."""
+    def operation(a):
+        x, = arrays(a)
+        y = f(x)
+        return result(y, (a, functools.partial(of_x, x) if of_x else functools.partial(of_y, y)))
+    operation.__name__ = name
+    return op(operation)
 
 
-@op
-def log(a):
-    x, = arrays(a)
-    return result(xp.log(x), (a, lambda g: g / x))
-
-
-@op
-def sqrt(a):
-    x, = arrays(a)
-    y = xp.sqrt(x)
-    return result(y, (a, lambda g: g / (2 * y)))
-
-
-@op
-def tanh(a):
-    x, = arrays(a)
-    y = xp.tanh(x)
-    return result(y, (a, lambda g: g * (1 - y * y)))
-
-
-@op
-def sigmoid(a):
-    """1 / (1 + exp(-x)), as exp(-log(1 + exp(-x))) with a logarithm that does not overflow."""
-    x, = arrays(a)
-    y = xp.exp(-xp.logaddexp(xp.zeros_like(x), -x))
-    return result(y, (a, lambda g: g * y * (1 - y)))
-
-
-@op
-def relu(a):
-    x, = arrays(a)
-    y = xp.maximum(x, 0)
-    return result(y, (a, lambda g: g * (y > 0)))
+exp = elementary("exp", lambda x: xp.exp(x), of_y=lambda y, g: g * y)
+log = elementary("log", lambda x: xp.log(x), of_x=lambda x, g: g / x)
+sqrt = elementary("sqrt", lambda x: xp.sqrt(x), of_y=lambda y, g: g / (2 * y))
+tanh = elementary("tanh", lambda x: xp.tanh(x), of_y=lambda y, g: g * (1 - y * y))
+relu = elementary("relu", lambda x: xp.maximum(x, 0), of_y=lambda y, g: g * (y > 0))
+# 1 / (1 + exp(-x)), as exp(-log(1 + exp(-x))) with a logarithm that does not overflow:
+sigmoid = elementary("sigmoid", lambda x: xp.exp(-xp.logaddexp(xp.zeros_like(x), -x)), of_y=lambda y, g: g * y * (1 - y))
 
 
 @op
@@ -482,13 +464,14 @@ def where(condition, a, b):
     """a where `condition` (boolean array) holds, else b."""
     condition = xp.asarray(value_of(condition)).astype(bool, copy=False)
     x, y = arrays(a, b)
-    return result(xp.where(condition, x, y), (a, lambda g: g * condition), (b, lambda g: g * ~condition))
+    return result(xp.where(condition, x, y), (a, lambda g: xp.where(condition, g, 0)), (b, lambda g: xp.where(condition, 0, g)))
 
 
 @op
 def reshape(a, shape):
     x, = arrays(a)
-    return result(x.reshape(shape), (a, lambda g: g.reshape(x.shape)))
+    before = x.shape
+    return result(x.reshape(shape), (a, lambda g: g.reshape(before)))
 
 
 @op
@@ -511,10 +494,11 @@ def index(a, key):
     """a[key]: any of NumPy's indices. An element picked several times by an integer array gets a sum."""
     x, = arrays(a)
     parts = tuple(map(value_of, key if isinstance(key, tuple) else (key,)))
-    distinct = all(part is None or part is Ellipsis or isinstance(part, (int, slice)) for part in parts)
+    distinct = all(part is None or part is Ellipsis or isinstance(part, (int, slice)) for part in parts)     # no array
+    shape, dtype = x.shape, x.dtype
 
     def gradient(g):
-        out = xp.zeros_like(x)
+        out = xp.zeros(shape, dtype=dtype)
         if distinct:
             out[parts] = g
         else:
@@ -526,9 +510,8 @@ def index(a, key):
 @op
 def concatenate(tensors, axis=0):
     xs = arrays(*tensors)
-    y = xp.concatenate(xs, axis=axis)
-    starts = list(itertools.accumulate(x.shape[axis] for x in xs))[:-1]         # of all but the first
-    return result(y, *jointly(lambda g: xp.split(g, starts, axis=axis), *tensors))
+    *cuts, _ = itertools.accumulate(x.shape[axis] for x in xs)
+    return result(xp.concatenate(xs, axis=axis), *jointly(lambda g: xp.split(g, cuts, axis=axis), *tensors))
 
 
 @op
@@ -545,43 +528,41 @@ def pad(a, widths):
 def astype(a, dtype):
     """The only way to change a floating-point dtype. The gradient comes back in the operand's own; integers have none."""
     x, = arrays(a)
-    y = x.astype(dtype)
-    return result(y, *([(a, lambda g: g.astype(x.dtype))] if y.dtype.kind == "f" else []))
+    y, before = x.astype(dtype), x.dtype
+    return result(y, *([(a, lambda g: g.astype(before))] if y.dtype.kind == "f" else []))
 
 
 # Reductions. Every element that was summed gets the sum's g. (`sum` and `max` hide Python's own in this file.)
 
-def _spread(g, shape, axis, keepdims):
-    """g of a reduction over `axis`, repeated along the reduced axes: an array (a view) of `shape`."""
-    if axis is not None and not keepdims:
-        axes = {a % len(shape) for a in (axis if isinstance(axis, tuple) else (axis,))}
-        g = g.reshape([1 if a in axes else n for a, n in enumerate(shape)])
-    return xp.broadcast_to(g, shape)
+def _spread(shape, axis, keepdims):
+    """A function that repeats the g of a reduction over `axis` along the reduced axes: an array (a view) of `shape`."""
+    return lambda g: xp.broadcast_to(g if axis is None or keepdims else xp.expand_dims(g, axis), shape)
 
 
 @op
 def sum(a, axis=None, keepdims=False):
     """Sum over `axis` (None: all; an integer or a tuple)."""
     x, = arrays(a)
-    return result(x.sum(axis=axis, keepdims=keepdims), (a, lambda g: _spread(g, x.shape, axis, keepdims)))
+    return result(x.sum(axis=axis, keepdims=keepdims), (a, _spread(x.shape, axis, keepdims)))
 
 
 @op
 def mean(a, axis=None, keepdims=False):
     x, = arrays(a)
-    y = x.mean(axis=axis, keepdims=keepdims)
-    return result(y, (a, lambda g: _spread(g * (y.size / (x.size or 1)), x.shape, axis, keepdims)))
+    y, spread = x.mean(axis=axis, keepdims=keepdims), _spread(x.shape, axis, keepdims)
+    share = y.size / (x.size or 1)
+    return result(y, (a, lambda g: spread(g * share)))
 
 
 @op
 def max(a, axis=None, keepdims=False):
     """Largest element over `axis`. Elements that tie share the gradient equally."""
     x, = arrays(a)
-    top = x.max(axis=axis, keepdims=True)
+    top, spread = x.max(axis=axis, keepdims=True), _spread(x.shape, axis, keepdims)
 
     def gradient(g):
         chosen = (x == top).astype(x.dtype)
-        return chosen * _spread(g, x.shape, axis, keepdims) / chosen.sum(axis=axis, keepdims=True)
+        return chosen * spread(g) / chosen.sum(axis=axis, keepdims=True)
     return result(top if keepdims else top.squeeze(axis), (a, gradient))
 
 
@@ -599,12 +580,12 @@ def matmul(a, b):
         return index(matmul(reshape(a, (1, -1)), b), (..., 0) if w.ndim == 1 else (..., 0, slice(None)))
     if w.ndim == 1:
         return index(matmul(a, reshape(b, (-1, 1))), (..., 0))
-    if w.ndim == 2 and x.shape[-1] == w.shape[0]:
+    if w.ndim == 2:
         # One matrix for the whole stack: all rows in a single large product, much faster than many small ones.
-        rows, (n, m) = math.prod(x.shape[:-1]), w.shape
-        flat = x.reshape(rows, n)
-        return result((flat @ w).reshape(x.shape[:-1] + (m,)),
-                      (a, lambda g: (g.reshape(rows, m) @ w.T).reshape(x.shape)),
+        rows, m, shape = math.prod(x.shape[:-1]), w.shape[1], x.shape
+        flat = x.reshape(rows, shape[-1])
+        return result((flat @ w).reshape(shape[:-1] + (m,)),
+                      (a, lambda g: (g.reshape(rows, m) @ w.T).reshape(shape)),
                       (b, lambda g: flat.T @ g.reshape(rows, m)))
 
     def gradient_of_b(g):
@@ -627,10 +608,11 @@ def embedding(table, ids):
         raise TypeError(f"ids must be integers, not {ids.dtype}")
     if x.ndim != 2 or x.shape[0] > 512:
         return index(table, ids)
+    V, D = x.shape
 
     def gradient(g):
-        picked = xp.eye(x.shape[0], dtype=x.dtype)[ids.reshape(-1)]
-        return picked.T @ g.reshape(ids.size, x.shape[1])
+        picked = xp.eye(V, dtype=g.dtype)[ids.reshape(-1)]
+        return picked.T @ g.reshape(ids.size, D)
     return result(x[ids], (table, gradient))
 
 
@@ -669,12 +651,7 @@ def softmax(a, mask=None):
     y = x - xp.maximum(x.max(axis=-1, keepdims=True), limits.min)
     xp.exp(y, out=y)
     y /= xp.maximum(row_sums(y), limits.tiny)
-
-    def gradient(g):
-        h = g - row_dots(g, y)
-        h *= y
-        return h
-    return result(y, (a, gradient))
+    return result(y, (a, lambda g: (g - row_dots(g, y)) * y))
 
 
 @op
@@ -710,18 +687,19 @@ def cross_entropy(logits, targets):
         difference = xp.exp(log_p)
         difference[rows, columns] -= 1
         difference *= g / targets.size
-        return difference.reshape(x.shape)
+        return difference.reshape(targets.shape + log_p.shape[1:])
     return result(-log_p[rows, columns].mean(), (logits, gradient))
 
 
 # Layer normalisation (Ba et al. 2016) gives every row of n numbers mean 0 and variance 1 (but for eps, which keeps a
 # constant row from a division by 0), then a learned gain and shift. With z = (x - mean) s and s = 1 / sqrt(variance + eps):
 #
-#     dvariance/dx[i] = 2/n (x[i] - mean) = 2/n z[i] / s      ds/dx[i] = -1/2 s^3 dvariance/dx[i] = -s^2 z[i] / n
+#     dvariance/dx[i] = 2/n (x[i] - mean) = 2/n z[i] / s      (what comes through mean is 0: a row's x[j] - mean sum to 0)
+#     ds/dx[i] = -1/2 s^3 dvariance/dx[i] = -s^2 z[i] / n
 #     dz[j]/dx[i] = s (1[i = j] - 1/n) + z[j]/s ds/dx[i] = s (1[i = j] - 1/n - z[j] z[i] / n)
 #     dL/dx[i] = sum_j g[j] dz[j]/dx[i] = s (g[i] - mean(g) - z[i] mean(g z))
 #
-# (A row's x[i] - mean sum to 0.) Shifting or, but for eps, stretching a row leaves z as it is, so the gradient is orthogonal
+# Shifting or, but for eps, stretching a row leaves z as it is, so the gradient is orthogonal
 # to those two directions. Gain and shift are a multiplication and an addition, with the gradients of those.
 
 @op
@@ -732,7 +710,6 @@ def normalise(a, eps=1e-5):
     z = x - row_sums(x) / n
     s = 1 / xp.sqrt(row_dots(z, z) / n + eps)
     z *= s
-
     return result(z, (a, lambda g: normalise_gradient(g, z, s, row_sums(g) / n, row_dots(g, z) / -n)))
 
 
@@ -760,43 +737,28 @@ def linear(a, weight, bias, gain=None, shift=None, before=None):
 
         W' = diag(gain) W     b' = shift W + b
 
-    With d_x for dL/dx, d_W' = a^T g and d_b' = the sum of g's rows, as for any product, so that
-
-        d_a = g W'^T     d_b = d_b'     d_W = diag(gain) d_W' + shift^T d_b'
-        d_gain[i] = sum_j d_W'[i,j] W[i,j]     d_shift = d_b' W^T
-
     before   [B, M, n], of a's dtype, put in front of a [B, T, n] (Transformer-XL's memory): gain, shift, weight and
-             bias apply to it as well, the result is [B, M + T, m]. It gets no gradient itself, but a in d_W' contains it
+             bias apply to it as well, the result is [B, M + T, m]. It gets no gradient itself, but the weights' contain it
     """
     if (gain is None) != (shift is None):
         raise ValueError("gain and shift are given together or not at all")
+    if gain is not None:                    # as operations, so that backward() finds the gradients of all four
+        weight, bias = reshape(gain, (-1, 1)) * weight, linear(shift, weight, bias)
     x, w, b = arrays(a, weight, bias)
     shape, first = x.shape, 0
     if before is not None:
         if before.dtype != x.dtype:
             raise TypeError(f"{before.dtype} in front of {x.dtype}; convert one of them with astype")
         x, first = xp.concatenate([value_of(before), x], axis=1), before.shape[1]
-    rows, (n, m) = math.prod(x.shape[:-1]), w.shape
-    flat, scaled = x.reshape(rows, n), w
-    if gain is not None:
-        _, gain_row, shift_row = arrays(x, gain, shift)
-        scaled, b = gain_row[:, None] * w, shift_row @ w + b
-    y = flat @ scaled
+    rows, m = math.prod(x.shape[:-1]), w.shape[1]
+    flat = x.reshape(rows, x.shape[-1])
+    y = flat @ w
     y += b
 
     def of_a(g):
-        return ((g[:, first:] if first else g).reshape(math.prod(shape[:-1]), m) @ scaled.T).reshape(shape)
-
-    def of_parameters(g):
-        g = g.reshape(rows, m)
-        d_w, d_b = flat.T @ g, xp.ones(rows, dtype=w.dtype) @ g
-        if gain is None:
-            return d_w, d_b
-        d_gain = row_dots(d_w, w).reshape(n)
-        d_w *= gain_row[:, None]            # d_W' until here, d_W from here on
-        d_w += shift_row[:, None] * d_b
-        return d_w, d_b, d_gain, w @ d_b
-    return result(y.reshape(x.shape[:-1] + (m,)), (a, of_a), *jointly(of_parameters, weight, bias, gain, shift))
+        return ((g[:, first:] if first else g).reshape(math.prod(shape[:-1]), m) @ w.T).reshape(shape)
+    return result(y.reshape(x.shape[:-1] + (m,)), (a, of_a), (weight, lambda g: flat.T @ g.reshape(rows, m)),
+                  (bias, lambda g: xp.ones(rows, dtype=w.dtype) @ g.reshape(rows, m)))
 
 
 @op
@@ -858,20 +820,17 @@ def check_gradients(f, inputs, eps=1e-5, rtol=1e-6, atol=1e-7, samples=None, see
         if tensor.dtype != numpy.float64 or not tensor.requires_grad:
             raise TypeError(f"check_gradients: {name} must be float64 with requires_grad, is {tensor!r:.80}")
     rng = numpy.random.default_rng(seed)
-    weights = None
-
-    def value():
-        nonlocal weights
-        y = f(*tensors)
-        if weights is None:
-            weights = xp.asarray(rng.normal(size=y.shape))
-        return sum(y * weights)
-
+    y = f(*tensors)
+    weights = xp.asarray(rng.normal(size=y.shape))
     for tensor in tensors:
         tensor.grad = None
-    value().backward()
+    sum(y * weights).backward()
 
-    largest, worst = 0.0, None
+    def value():
+        with no_grad():
+            return sum(f(*tensors) * weights).item()
+
+    largest, worst, message = 0.0, 0.0, None
     for name, tensor in named.items():
         by_backward = numpy.zeros(tensor.shape) if tensor.grad is None else to_numpy(tensor.grad)
         places = list(numpy.ndindex(tensor.shape))
@@ -879,23 +838,22 @@ def check_gradients(f, inputs, eps=1e-5, rtol=1e-6, atol=1e-7, samples=None, see
             places = [places[i] for i in rng.choice(len(places), samples, replace=False)]
         for place in places:
             here = tensor.data[place].item()
-            with no_grad():
-                tensor.data[place] = here + eps
-                above = value().item()
-                tensor.data[place] = here - eps
-                below = value().item()
+            tensor.data[place] = here + eps
+            above = value()
+            tensor.data[place] = here - eps
+            below = value()
             tensor.data[place] = here
             numeric, analytic = (above - below) / (2 * eps), by_backward[place].item()
             difference = abs(numeric - analytic)
             largest = builtins.max(largest, difference)
             excess = difference - (atol + rtol * abs(numeric))
             excess = excess if excess == excess else math.inf                      # NaN is the worst
-            if excess > 0 and (worst is None or excess > worst[0]):
-                worst = excess, name, place, analytic, numeric
-    if worst is not None:
-        _, name, place, analytic, numeric = worst
-        raise GradientError(f"check_gradients: d/d({name}){list(place)}: backward() says {analytic:.10g}, "
-                            f"finite differences say {numeric:.10g}")
+            if excess > worst:
+                worst = excess
+                message = (f"check_gradients: d/d({name}){list(place)}: backward() says {analytic:.10g}, "
+                           f"finite differences say {numeric:.10g}")
+    if message:
+        raise GradientError(message)
     return largest
 
 

@@ -128,18 +128,20 @@ def peak_rss_mib(_=None):
 
 def profile(c, threads, steps, warmup):
     """{name: [calls, seconds]} a step, of one worker's share of the batch: each operation without those it calls."""
-    spent, inner = {}, []
+    spent, inner, running = {}, [], []
 
     def timed(name, function):
         @functools.wraps(function)
         def run(*arguments, **options):
             inner.append(0.0)
+            running.append(name)
             start = time.perf_counter()
             try:
                 return function(*arguments, **options)
             finally:
                 synchronise()
                 seconds = time.perf_counter() - start
+                running.pop()
                 entry = spent.setdefault(name, [0, 0.0])
                 entry[0] += 1 / steps
                 entry[1] += (seconds - inner.pop()) / steps
@@ -150,8 +152,8 @@ def profile(c, threads, steps, warmup):
     plain = autograd.result
 
     def result(data, *edges):
-        name = sys._getframe(1).f_code.co_name
-        return plain(data, *((operand, timed(f"{name}, backward", gradient)) for operand, gradient in edges))
+        name = f"{running[-1]}, backward"
+        return plain(data, *((operand, timed(name, gradient)) for operand, gradient in edges))
     replaced = [(owner, attribute, value, timed(name, value)) for name, operation in autograd.OPS.items()
                 for owner in (autograd, txl, autograd.Tensor) for attribute, value in vars(owner).items() if value is operation]
     replaced += [(autograd, "result", plain, result), (txl, "result", plain, result),

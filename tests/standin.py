@@ -81,7 +81,7 @@ class Array:
 def _forward(name):
     def method(self, *arguments, **options):
         arguments = [unwrap(argument, name) for argument in arguments]
-        if any(hasattr(argument, "_edges") for argument in arguments):
+        if any(hasattr(argument, "_node") for argument in arguments):
             return NotImplemented                       # `array + Tensor` is the Tensor's business
         options = {key: unwrap(value, name) for key, value in options.items()}
         answer = getattr(self._values, name)(*arguments, **options)

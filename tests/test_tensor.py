@@ -1,5 +1,6 @@
 """The engine: what a Tensor is, how the graph is built, walked and released, and what its errors say."""
 import gc
+import math
 import threading
 import weakref
 
@@ -193,16 +194,41 @@ def test_a_shared_part_of_the_graph_cannot_be_walked_twice():
         b.backward()
 
 
-def test_backward_frees_what_the_graph_held():
+def test_the_graph_holds_the_arrays_that_gradients_need_and_backward_frees_them():
     x = leaf(numpy.ones(3))
-    y = autograd.exp(x)
-    middle = weakref.ref(y)
-    loss = y.sum()
-    del y
-    assert middle() is not None
+    y = x + 1.0
+    z = autograd.exp(y)
+    unneeded, needed = weakref.ref(y.data), weakref.ref(z.data)      # the gradient of exp is its value
+    loss = z.sum()
+    del y, z
+    assert unneeded() is None and needed() is not None
     loss.backward()
-    gc.collect()
-    assert middle() is None
+    assert needed() is None
+    numpy.testing.assert_allclose(to_numpy(x.grad), math.e ** 2)
+
+
+@pytest.mark.parametrize("f", [lambda x: x.reshape(4), lambda x: x.T, lambda x: x[0], lambda x: x.astype(numpy.float64),
+                               lambda x: x.mean(axis=0), lambda x: autograd.pad(x, ((1, 0), (0, 0))), lambda x: x + x,
+                               lambda x: x @ xp.ones((2, 2)), lambda x: autograd.concatenate([x, x]), autograd.relu,
+                               autograd.softmax, autograd.normalise,
+                               lambda x: autograd.cross_entropy(x, [0, 1]), lambda x: autograd.embedding(x, [0, 1, 1])])
+def test_an_operation_keeps_no_operand_that_its_gradient_does_not_need(f):
+    x = leaf(numpy.ones((2, 2)))
+    y = x * 2.0
+    operand, z = weakref.ref(y.data), f(y)
+    z = z * 1.0                         # whose value may be a view of the operand's
+    del y
+    assert operand() is None
+    z.sum().backward()
+    assert x.grad is not None
+
+
+def test_a_leaf_that_is_forgotten_gets_no_gradient_and_the_others_do():
+    x, y = leaf([1.0, 2.0]), leaf([3.0, 4.0])
+    loss = (x * y).sum()
+    del y
+    loss.backward()
+    assert to_numpy(x.grad).tolist() == [3, 4]
 
 
 def test_a_graph_that_is_dropped_needs_no_garbage_collector():
