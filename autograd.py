@@ -5,7 +5,7 @@ Training a network means knowing the gradient of one number, the loss, with resp
 parameters. The chain rule can be multiplied out from either end. Forwards it takes one pass for every parameter, because a
 pass follows the influence of one. Backwards, from the loss, it takes one pass in all, because every intermediate result needs
 only the gradient of that one number: an array of its own shape. That pass costs about twice as much as computing the loss,
-since a matrix product has two products as its gradients, and intermediate results must be kept until it reaches them. That
+since a matrix product has two products as its gradients; and intermediate results must be kept until it reaches them. That
 is reverse mode. The file has these parts:
 
     1. the device      which array library computes: NumPy on the CPU, CuPy on a CUDA GPU
@@ -103,7 +103,7 @@ def shared_zeros(shape, dtype):
     return numpy.frombuffer(mmap.mmap(-1, size or 1), dtype=dtype, count=math.prod(shape)).reshape(shape)
 
 
-FUSED = {}      # name -> formula; for each of them section 6 has a kernel
+FUSED = {}      # name -> formula; for each of them section 6 has a kernel (the tests compare the two)
 
 
 def fused(function):
@@ -117,11 +117,11 @@ def fused(function):
 
 
 # %% 2. The graph
-# Every operation makes a Tensor, with a node that remembers the operands that need a gradient and, for each, the function
-# that carries the gradient back to it. Each such pair is an edge; together the edges are what is often called the tape. A
-# Tensor without edges is a leaf: a parameter, or a constant. Nodes hold no arrays. Gradient functions refer to the arrays they
-# need, and any other is freed as soon as the program forgets its Tensor (a quarter of the memory of a training step). They do
-# not copy them (nor does Tensor(array) copy): changing an array in place before backward() falsifies the gradients.
+# Every operation makes a Tensor, with a node that remembers the nodes of the operands that need a gradient and, for each, the
+# function that carries the gradient back to it. Each such pair is an edge; together the edges are what is often called the
+# tape. A Tensor without edges is a leaf: a parameter, or a constant. Nodes hold no arrays. Gradient functions refer to the
+# arrays they need; any other is freed as soon as the program forgets its Tensor, which saves a training step a quarter of its
+# memory. Nothing is copied (nor does Tensor(array) copy): changing an array in place before backward() falsifies the gradients.
 #
 #     x ──┐
 #         ├─ multiply ── y ── sum ── loss          loss.backward() walks the edges from right to left
@@ -152,12 +152,12 @@ def no_grad():
 class _Node:
     """A Tensor's place in the graph."""
 
-    __slots__ = ("edges", "number", "shape", "leaf")
+    __slots__ = ("edges", "number", "shape", "tensor")
 
-    def __init__(self, edges, shape, leaf=None):
+    def __init__(self, edges, tensor):
         self.edges = edges                  # ((node of an operand, gradient function), …); () of a leaf, None when released
         self.number = next(_serial)         # an operand is always older than the result
-        self.shape, self.leaf = shape, leaf
+        self.shape, self.tensor = tensor.data.shape, weakref.ref(tensor)        # weak: a Tensor holds its node, not the reverse
 
 
 class Tensor:
@@ -182,7 +182,7 @@ class Tensor:
             raise TypeError(f"Tensor: only floating-point values have a gradient, not {self.data.dtype}")
         self.grad = None
         self.requires_grad = requires_grad
-        self._node = _Node((), self.data.shape, weakref.ref(self))     # weak: a Tensor holds its node, not the reverse
+        self._node = _Node((), self)
 
     shape = property(lambda self: self.data.shape)
     ndim = property(lambda self: self.data.ndim)
@@ -219,8 +219,8 @@ class Tensor:
         >>> w.grad.tolist()
         [18.0, 64.0]
         """
-        for leaf, g in leaf_gradients(self, gradient):          # as new arrays: .grad shares memory with no other
-            leaf.grad = xp.array(g) if leaf.grad is None else xp.asarray(leaf.grad + g)
+        for leaf, g in leaf_gradients(self, gradient):
+            leaf.grad = xp.array(g) if leaf.grad is None else xp.asarray(leaf.grad + g)     # a new array, not shared with g
 
 
 def stop_gradient(x):
@@ -277,7 +277,7 @@ def leaf_gradients(root, gradient=None):
         if node.edges is None:
             raise RuntimeError("backward: this graph was released by an earlier backward(); compute the value again")
         if not node.edges:
-            leaf = node.leaf()
+            leaf = node.tensor()
             if leaf is not None:            # nobody can ask a forgotten one for its gradient
                 leaves.append((leaf, g))
             continue
@@ -330,14 +330,14 @@ def result(data, *edges):
     tensor.grad, kept = None, ()
     if _state.recording:
         kept = tuple([(x._node, gradient) for x, gradient in edges if isinstance(x, Tensor) and x.requires_grad])
-    tensor.requires_grad, tensor._node = bool(kept), _Node(kept, tensor.data.shape)
+    tensor.requires_grad, tensor._node = bool(kept), _Node(kept, tensor)
     return tensor
 
 
 def jointly(function, *operands):
     """The edges to operands whose gradients have much in common: `function` of g gives them all, a tuple, in one call.
 
-    (All edges of a result get the same g, once.)
+    (backward() calls all edges of a result with the same g, so the first call serves the others too.)
     """
     gradients = []
 
@@ -694,13 +694,13 @@ def cross_entropy(logits, targets):
 # Layer normalisation (Ba et al. 2016) gives every row of n numbers mean 0 and variance 1 (but for eps, which keeps a
 # constant row from a division by 0), then a learned gain and shift. With z = (x - mean) s and s = 1 / sqrt(variance + eps):
 #
-#     dvariance/dx[i] = 2/n (x[i] - mean) = 2/n z[i] / s      (what comes through mean is 0: a row's x[j] - mean sum to 0)
+#     dvariance/dx[i] = 2/n (x[i] - mean) = 2/n z[i] / s      (through the mean comes 0: the x[j] - mean of a row sum to 0)
 #     ds/dx[i] = -1/2 s^3 dvariance/dx[i] = -s^2 z[i] / n
 #     dz[j]/dx[i] = s (1[i = j] - 1/n) + z[j]/s ds/dx[i] = s (1[i = j] - 1/n - z[j] z[i] / n)
 #     dL/dx[i] = sum_j g[j] dz[j]/dx[i] = s (g[i] - mean(g) - z[i] mean(g z))
 #
 # Shifting or, but for eps, stretching a row leaves z as it is, so the gradient is orthogonal
-# to those two directions. Gain and shift are a multiplication and an addition, with the gradients of those.
+# to (1, …, 1) and to x - mean. Gain and shift are a multiplication and an addition, with the gradients of those.
 
 @op
 def normalise(a, eps=1e-5):
@@ -732,17 +732,17 @@ def layer_norm(a, gain, bias, eps=1e-5):
 def linear(a, weight, bias, gain=None, shift=None, before=None):
     """(a * gain + shift) @ weight + bias for a [..., n], gain and shift [n] (or neither), weight [n, m], bias [m].
 
-    gain and shift are those of a layer normalisation that comes before, which then only has to normalise. They are the same
+    gain and shift are those of a layer normalisation that precedes, which then only has to normalise. They are the same
     for all rows, so that the weights, a small matrix, can take them up: the result is a W' + b' with
 
         W' = diag(gain) W     b' = shift W + b
 
     before   [B, M, n], of a's dtype, put in front of a [B, T, n] (Transformer-XL's memory): gain, shift, weight and
-             bias apply to it as well, the result is [B, M + T, m]. It gets no gradient itself, but the weights' contain it
+             bias apply to it as well, the result is [B, M + T, m]. It gets no gradient itself, but counts in that of the weights
     """
     if (gain is None) != (shift is None):
         raise ValueError("gain and shift are given together or not at all")
-    if gain is not None:                    # as operations, so that backward() finds the gradients of all four
+    if gain is not None:                    # as operations, so that backward() finds all the gradients
         weight, bias = reshape(gain, (-1, 1)) * weight, linear(shift, weight, bias)
     x, w, b = arrays(a, weight, bias)
     shape, first = x.shape, 0
@@ -795,7 +795,7 @@ Tensor.T = property(transpose)
 # %% 5. The proof
 # A derivative is a limit, and the limit can be tried: (f(x + eps) - f(x - eps)) / (2 eps) differs from f'(x) by
 # eps^2 f'''/6 and by rounding, about 1e-16 |f| / eps. In float64 with eps = 1e-5 both are near 1e-11 where f and f''' are
-# near 1, so even a small mistake shows. In float32 rounding alone is 6e-8 / 1e-5 = 6e-3 then and would hide it: float32 is
+# near 1, so even a small mistake shows. In float32 rounding alone would be 6e-8 / 1e-5 = 6e-3 and hide it: float32 is
 # refused. (Where f has a kink, like relu at 0, there is no derivative to agree on; random inputs miss those.)
 
 class GradientError(AssertionError):
@@ -859,9 +859,9 @@ def check_gradients(f, inputs, eps=1e-5, rtol=1e-6, atol=1e-7, samples=None, see
 
 # %% 6. Kernels
 # A GPU multiplies far faster than it reads its memory, and every operation between arrays reads and writes all of them. An
-# entry is the line of CUDA's C++ that computes one element; CuPy makes a program of it when it is first used. The function
-# of the same name, marked `@fused`, is the same formula in NumPy, and its arguments are the inputs. T is their dtype.
-# Results that are arguments too are changed in place.
+# entry has the inputs, the results and the line of CUDA's C++ that computes one element; CuPy makes a program of it when it is
+# first used. T is the arrays' dtype. The function of the same name, marked `@fused`, is the same formula in NumPy (the last four
+# are in txl.py); its arguments are the inputs, then the results that exist already, which are changed in place.
 
 KERNELS = {     # name: inputs, results, what happens to one element of each
     "normalise_gradient": ("T g, T z, T s, T mean_g, T minus_mean_g_z", "T h", "h = (z * minus_mean_g_z + g - mean_g) * s"),

@@ -7,12 +7,13 @@ itself, and two things go wrong: nothing further back than T can ever be used, a
 are predicted from almost nothing, although the text before them has just been read. Sliding the window by one token
 at a time mends the second when evaluating, at the price of computing everything T times over.
 
-(Attention, for whom it is new: each token's state is multiplied by three learned matrices to give a query, what it
-looks for, a key, what it offers, and a value, what it passes on. A query's dot products with all keys up to its own,
-divided by sqrt(d), are its scores, where d is how many numbers a query has: a dot product of two vectors of d independent
-numbers of mean 0 and size 1 is about sqrt(d) large, and a softmax of large scores is all but a choice of one key. The softmax
-makes them weights, and the token receives the values in these proportions, through a fourth matrix. Several heads do
-this side by side, each with its share of the width. A layer is attention followed by a small network for each token alone.)
+(Attention, for whom it is new: each token's state, at first its embedding, a learned vector, is multiplied by three learned
+matrices to give a query, what it looks for, a key, what it offers, and a value, what it passes on. A query's dot products with
+all keys up to its own, divided by sqrt(d), are its scores, where d is how many numbers a query has: a dot product of two vectors
+of d independent numbers of mean 0 and size 1 has a size of about sqrt(d), and a softmax of large scores is almost a choice of
+one key. The softmax makes scores weights, and the token receives the values in these proportions, through a fourth matrix.
+Several heads do this side by side, each with its share of the width. A layer is attention followed by a small network for each
+token alone.)
 
 The answer. Keep what entered each layer for the previous segment (the embeddings for layer 1, layer 1's output for
 layer 2, …), and let the same layer attend to it in the next segment. With T = 4 tokens and a memory of M = 4 states:
@@ -31,9 +32,9 @@ made one segment earlier, in the same way, from the row below: the o under it an
 Information flows along all lines, gradients only within the segment being trained. Every layer reaches one memory further
 back: N layers see N * M tokens beyond their segment (here 2 * 4) if M, the full memory, is a multiple of T. In general it is
 M + (N - 1) * T * ceil(M / T): the oldest state in memory belongs to a segment that began T * ceil(M / T) tokens back, and saw
-that segment from its first token on, and the memory of that time. Each token is still computed only once. The cost: attention
-over M + T keys instead of T, M states a layer to keep, segments that must be read in the order of the text, and no learning of
-what would be good to keep.
+that segment from its first token on, and the memory of that time. (With `same_length`, below, each token sees N * M back.)
+Each token is still computed only once. The cost: attention over M + T keys instead of T, M states a layer to keep, segments
+that must be read in the order of the text, and no learning of what would be good to keep.
 
 It needs one change to the Transformer: positions must be *relative*. Absolute positions, 0 … T-1 in each segment, are
 added to the embeddings and so are part of every state for good: those in memory would claim the same places as those of
@@ -86,8 +87,8 @@ class Config:
     attn_dropout: float = 0.0       # probability of dropping an attention weight
     pre_norm: bool = True           # x + f(norm(x)), for which a short warm-up is enough; False: the paper's norm(x + f(x))
     tie_weights: bool = False       # True: the output layer uses the embedding table (Press and Wolf 2017)
-    positions: str = "sinusoid"     # the paper's; "learned": a learned vector and bias for each distance (Shaw et al. 2018)
-    clamp_len: int | None = None    # a larger distance is treated as this one; None: none is. "learned" has a table of
+    positions: str = "sinusoid"     # the paper's; "learned": a learned vector and bias for each distance (after Shaw et al. 2018)
+    clamp_len: int | None = None    # a larger distance is treated as this one; None: no limit. "learned" has a table of
                                     # clamp_len + 1 rows and so needs it
     activation: str = "relu"        # of the feed-forward's hidden values; "squared_relu": its square (So et al. 2021)
     same_length: bool = False       # True: a query sees itself and at most the mem_len keys before it, so that with a full
@@ -131,14 +132,14 @@ class Config:
 #     query i=1             3    2     1    0    .
 #     query i=2             4    3     2    1    0
 #
-# The distances of visible keys are 0 … K-1, and each stands on a diagonal. A vector r for each of them is enough.
+# The distances of visible keys are 0 … K-1, and each stands on a diagonal. One vector for each, r in section 3, is enough.
 
 def sinusoid(distances, d_model, dtype=numpy.float32):
     """R of the paper: [K] distances -> [K, d_model], sines then cosines of geometrically slower waves.
 
     R[x] = [sin(x w_0), sin(x w_1), …, cos(x w_0), cos(x w_1), …]   w_n = 10000 ^ (-2n / d_model)
 
-    (Vaswani et al. 2017, section 3.5, there with sines and cosines alternating; W_r can undo any order.)
+    (Vaswani et al. 2017, section 3.5, there with sines and cosines alternating; the matrix W_r of section 3 can undo any order.)
     """
     w = 10000.0 ** (-xp.arange(0, d_model, 2, dtype=numpy.float64) / d_model)
     angle = distances[:, None] * w[None, :]
@@ -177,8 +178,8 @@ def rel_shift(x):
     the next unshifted row begins. Those are keys in the future, which attention hides: weight 0, gradient 0.
 
     (The authors' code puts a column of zeros in front, drops the first T numbers of the line and reads rows of K: the
-    same numbers up to the zeros, other rubbish beyond them. labml makes T columns more, for distances below 0 too, lines
-    them up with the first query instead of the last and moves row i right by i, so its `shift_right` drops the end.)
+    same numbers up to each row's distance 0, other rubbish beyond it. labml makes T columns more, for distances below 0 too,
+    lines them up with the first query instead of the last and moves row i right by i, so its `shift_right` drops the end.)
 
     >>> rel_shift(Tensor([[4, 3, 2, 1, 0]] * 3)).numpy().tolist()
     [[2, 1, 0, 4, 3], [3, 2, 1, 0, 4], [4, 3, 2, 1, 0]]
@@ -260,7 +261,7 @@ class RelativeMultiHeadAttention:
         self.W_o = weight(rng, (D, D), dtype, scale=1 / math.sqrt(2 * config.n_layer))          # output
         self.u = zeros((H, D // H), dtype)                                                      # (c)
         if config.positions == "sinusoid":
-            self.W_r = weight(rng, (D, D), dtype)                                               # (b)
+            self.W_r = weight(rng, (D, D), dtype)                                               # (b), (d)
             self.v = zeros((H, D // H), dtype)                                                  # (d)
         else:
             rows = config.clamp_len + 1
@@ -284,11 +285,11 @@ class RelativeMultiHeadAttention:
 
     def project(self, x, memory, norm):
         """Queries [B, T, D] of the segment; keys and values [B, K, 2 D] of h~ = [SG(m) o h] (the paper's section 3.2):
-        memory, with stopped gradient, then the segment, joined along time."""
+        memory, with stopped gradient, then the segment, joined (o) along time."""
         gain_and_bias = ()
         if norm is not None:
             # In two halves: `normalise` gives every row mean 0 and variance 1; `linear` multiplies by gain and adds bias, and
-            # finds their gradients, memory's share included, from that of the weights. So memory never needs a gradient.
+            # their gradients, memory's share included, come from that of the weights, not from one of memory.
             x, memory, gain_and_bias = normalise(x), normalise(memory), (norm.gain, norm.bias)
         return linear(x, self.W_q, 0.0, *gain_and_bias), linear(x, self.W_kv, 0.0, *gain_and_bias, before=memory)
 
@@ -318,7 +319,7 @@ class RelativeMultiHeadAttention:
 
 
 def heads(x, H):
-    """[B, n, D] -> [H, B, n, d], a view. Heads are in front so that r, the same for all B, takes one product for each."""
+    """[B, n, D] -> [H, B, n, d], a view. Heads are in front so that r, the same for all B, takes one product a head."""
     return x.reshape(*x.shape[:2], H, x.shape[2] // H).transpose(2, 0, 1, 3)
 
 
@@ -344,7 +345,7 @@ def zeros(shape, dtype):
 # on d numbers a query instead of K:    o = (E / z) values = (E values) / z    with  E = exp(score - largest of the row)
 # (Subtracting the largest keeps exp from overflowing and cancels in E / z, so it has no gradient.)
 #
-# The gradient, from g, that of o, with y = E / z the attention:
+# The gradient, from g, the gradient of o, with y = E / z the attention:
 #
 #     d_values = y^T g = E^T (g / z)
 #     d_score_j = y_j (d_y_j - sum_k y_k d_y_k)       with  d_y_j = g · values_j,   from the softmax
@@ -618,7 +619,7 @@ def attention_by_distance(model, tokens, memory):
 
     The mean is over heads, sequences and those queries of `tokens` [B, T] that have so many before them; `memory` as in a call
     of model.
-    (With same_length, give a full memory and no more tokens than it has: queries see the max(M, T) keys before them here.)
+    (With same_length a query sees the max(M, T) keys before it here: for what the model sees, give mem_len >= T states.)
     """
     T = tokens.shape[1]
     M, config, rows = memory[0].shape[1], model.config, []
@@ -638,7 +639,7 @@ def attention_by_distance(model, tokens, memory):
 class Adam:
     """Adam (Kingma and Ba 2015) with decoupled weight decay (Loshchilov and Hutter 2019) and clipping.
 
-    m and v (neither memory's M nor attention's v) are running means of the gradient and of its square; m / sqrt(v) is near 1
+    m and v (neither the m of memory nor attention's v) are running means of the gradient and of its square; m / sqrt(v) is near 1
     or -1 for a parameter whose gradient stays the same and near 0 where its sign keeps changing, whatever the gradient's
     size, so a step is seldom more than lr. Both means start at 0 and so are too small at first: the weights of the gradients
     in them sum to 1 - beta^t after t steps, not to 1. Dividing by that sum (the bias correction) makes them true averages
@@ -662,7 +663,7 @@ class Adam:
     The parameters are moved into one flat array, of which each `.data` becomes a view, so that a step is a dozen
     operations on long arrays instead of a dozen for each parameter.
 
-    parts   processes among which a batch is divided (1: none). Each `collect`s the gradients of its rows of the batch
+    parts   processes among which a batch is divided. Each `collect`s the gradients of its rows of the batch
             into its row of `gradient`. In `step` the rows are added up and the numbers updated, each process doing an equal
             share of the parameters
     """
@@ -741,7 +742,7 @@ class Adam:
 
     @contextlib.contextmanager
     def averaged(self):
-        """Inside `with adam.averaged():` the parameters are their averages, which the first step sets."""
+        """Inside `with adam.averaged():` the parameters are their averages (zeros before the first step)."""
         current = self.value.copy()
         self.value[...] = self.average
         try:
@@ -780,13 +781,13 @@ def warmup_cosine(step, steps, peak, warmup, final):
 
 # %% 10. Generation
 # A new token is a segment of one: T = 1, and it attends to the memory and itself. A state in memory is a constant, and so
-# are its key and its value while the weights stay as they are. (A key holds no position, that is in r, so it stays right
+# are its key and its value while the weights stay as they are. (A key holds no position, r does, so it stays right
 # while the text moves on.) Key and value are kept instead of the state; r = R W_r and the term v · r, which depend on the
 # distance alone, are computed once. What is left for each token and layer is a handful of products of a vector with a
 # matrix, however long the text. Up to rounding the logits are the model's own.
 
 class CachedLayer:
-    """`layer` for one token at a time: h [D] -> [D]. It keeps keys and values of mem_len tokens, first of `memory` [1, M, D]."""
+    """`layer` for one token at a time: h [D] -> [D]. It keeps keys and values of mem_len tokens, at first `memory` [1, M, D]."""
 
     def __init__(self, layer, memory, mem_len):
         config, attention, dtype = layer.config, layer.attention, memory.dtype
