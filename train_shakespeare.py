@@ -36,6 +36,7 @@ import pathlib
 import pickle
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -382,9 +383,11 @@ class Workers(contextlib.AbstractContextManager):
                 process.start()
                 self.processes.append(process)
                 its_pipe.close()
-        except OSError as error:
+        except BaseException as error:
             self.close()
-            raise Failure(f"cannot start a worker process ({error.strerror}): lower --threads")
+            if isinstance(error, OSError):
+                raise Failure(f"cannot start a worker process ({error.strerror}): lower --threads") from error
+            raise
 
     def _serve(self, part, pipe):
         """The life of a forked process: answer until the pipe is closed at the other end."""
@@ -399,10 +402,11 @@ class Workers(contextlib.AbstractContextManager):
                 index, arguments = pipe.recv()
                 answer = self._answer(self.functions[index], part, arguments)
                 try:
-                    pickle.loads(pickle.dumps(answer))  # an exception may fail to unpickle at the other end
+                    message = pickle.dumps(answer)
+                    pickle.loads(message)               # an exception may fail to unpickle at the other end
                 except Exception:
-                    answer = None, RuntimeError(f"a worker's answer cannot travel through a pipe: {answer!r:.200}")
-                pipe.send(answer)
+                    message = pickle.dumps((None, RuntimeError(f"an answer cannot travel through a pipe: {answer!r:.200}")))
+                pipe.send_bytes(message)
 
     @staticmethod
     def _answer(function, part, arguments):
@@ -515,9 +519,10 @@ def write_whole(path, data):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise Failure(f"cannot write {path}: {error.strerror}; the one before it is intact")
+        raise Failure(f"cannot write {path}: {error.strerror}" + ("; the one before it is intact" if path.exists() else ""))
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def save(path, meta, arrays):
@@ -645,7 +650,7 @@ def show(text, keep=True):
     """Print a line: on a terminal over the last one that was not to be kept, elsewhere one after the other."""
     try:
         if sys.stdout.isatty():
-            width = os.get_terminal_size().columns
+            width = shutil.get_terminal_size().columns
             print("\r\x1b[K" + (text if keep else text[:width - 1]), end="\n" if keep else "", flush=True)
         else:
             print(text, flush=True)
@@ -729,10 +734,10 @@ def train(args):
             for name in OF_A_RUN:                               # what --overwrite replaces
                 (args.out / name).unlink(missing_ok=True)
         write_whole(args.out / "config.json", json.dumps(about, indent=2).encode() + b"\n")
-    except OSError as error:
-        raise Failure(f"cannot write to {args.out}: {error.strerror}; name another directory with --out DIR")
+    except (OSError, Failure) as error:
+        raise Failure(f"cannot write to {args.out}: {getattr(error, 'strerror', error)}; name another directory with --out DIR")
 
-    # The functions below share these variables, and those that are set after them: workers, stop, began and since.
+    # The functions below share these variables, and those that are set after them: workers, stop, began, since, ….
     def forward_backward(part, step):
         """Loss of some rows of the batch, weighted with their share of it; its gradients go to Adam."""
         tokens, targets, group, fresh = streams.segment(step)
@@ -773,7 +778,8 @@ def train(args):
         nonlocal best, loss_sum, since, since_step
         check_finite("the loss, its gradient or a weight", loss_sum, norm, adam.value)
         mean_loss, grad_norm, val_loss = float(loss_sum) / (step - logged()), float(norm), None
-        speed = (step - since_step) * batch_size * seq_len / (time.perf_counter() - since)
+        made = step - since_step                # none, if a resumed run begins with an evaluation
+        speed = made * batch_size * seq_len / (time.perf_counter() - since) if made else None
         if due:
             with adam.averaged():
                 val_loss = evaluate(model, held_out, batch_size, seq_len, eval_mem_len, args.threads, stop)
@@ -785,10 +791,11 @@ def train(args):
                     save(args.out / "best.npz", {**about, "step": step, "val_loss": val_loss}, parameter_arrays(model))
         loss_sum, seconds = 0.0, time.perf_counter() - began
         log.append([step, round(mean_loss, 6), val_loss and round(val_loss, 6), rate(step - 1), round(grad_norm, 6),
-                    round(speed, 1), round(seconds, 2)])
-        left = seconds / step * (steps - step)
+                    speed and round(speed, 1), round(seconds, 2)])
+        left = (seconds - before) / (step - began_step) * (steps - step) if made else math.nan
         show(f"step {step:5}/{steps}  loss {mean_loss:.4f}" + (f"  val {val_loss:.4f}" if due else "")
-             + f"  lr {rate(step - 1):.2e}  norm {grad_norm:.2f}  {speed:,.0f} tokens/s  {clock(left)} left", keep=due)
+             + f"  lr {rate(step - 1):.2e}  norm {grad_norm:.2f}"
+             + (f"  {speed:,.0f} tokens/s  {clock(left)} left" if made else ""), keep=due)
         lines = [",".join("" if x is None else str(x) for x in row) for row in (LOG, *log)]
         write_whole(args.out / "log.csv", "".join(line + "\n" for line in lines).encode())
         if due:
@@ -803,7 +810,7 @@ def train(args):
     show(f"corpus: {corpus['name']}, {corpus['characters']:,} characters, {len(vocabulary)} different")
     show(f"model: {adam.value.size:,} parameters; {batch_size} x {seq_len} characters a step, memory "
          f"{settings['mem_len']}; run in {args.out}" + (f", resumed at step {step}" if step else ""))
-    since, since_step = time.perf_counter(), step
+    since, since_step, began_step = time.perf_counter(), step, step
     began = since - before
     with Workers(range(len(slices)), [forward_backward, memory_of, adam.add_up, adam.update]) as workers:
         while not stop:
@@ -890,11 +897,14 @@ def plot(args):
     """Two pictures in args.out: loss.png from the log, attention.png from the checkpoint and the held-out text."""
     path = args.out / "log.csv"
     try:
-        rows = [dict(zip(LOG, line.split(","))) for line in read_file(path).decode().splitlines()[1:]]
+        header, *lines = read_file(path).decode().splitlines()
+        rows = [dict(zip(header.split(","), line.split(","))) for line in lines]
         curves = {name: [(float(row["seconds"]) / 60, float(row[name])) for row in rows if row[name]]
                   for name in ("loss", "val_loss")}
     except (ValueError, KeyError):
         raise Failure(f"{path} is not a log of this program")
+    if not rows:
+        raise Failure(f"{path} has no steps to draw yet")
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -945,7 +955,8 @@ def mean_attention(model, held_out, seq_len, mem_len):
         with no_grad():
             _, memory = model(segment, memory, mem_len=mem_len)
     if not found:
-        raise Failure(f"the held-out text is too short to fill a memory of {mem_len}: choose a shorter one with --eval-mem-len")
+        raise Failure(f"the held-out text is too short for {seq_len} characters behind a memory of {mem_len}; --eval-mem-len N "
+                      "sets a shorter one")
     return sum(found) / len(found)
 
 
@@ -977,7 +988,7 @@ def main(argv=None):
             print(flush=True)
         os._exit(130)                           # at once, without waiting for threads
     # On a terminal, over a log line that was not to be kept.
-    print(("\r\x1b[K" if sys.stderr.isatty() else "") + f"train_shakespeare.py: {message}", file=sys.stderr)
+    print(("\r\x1b[K" if sys.stderr.isatty() else "") + f"train_shakespeare.py: {one_line(str(message))}", file=sys.stderr)
     return status
 
 

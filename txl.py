@@ -409,7 +409,7 @@ def attend(q, kv, r, u, v, hidden):
     def gradients(g):
         g_z = heads(g, H) * inverse_z                                              # g / z   [H, B, T, d]
         g_z_dot_o = row_dots(g_z, heads(o, H))
-        d_q_u, d_q_v, d_kv, d_r = xp.empty_like(Q), xp.empty_like(Q), xp.empty_like(KV), xp.zeros_like(R)
+        d_q_u, d_q_v, d_kv, d_r = xp.empty_like(o), xp.empty_like(o), xp.empty_like(KV), xp.zeros_like(R)
         d_keys, d_values = heads(d_kv[..., :D], H), heads(d_kv[..., D:], H)
         for (block, seen), E in zip(reversed(blocks), reversed(numerators)):
             i, j, n = block
@@ -425,7 +425,7 @@ def attend(q, kv, r, u, v, hidden):
             d_by_distance = rows(_shift_back(d_score))
             heads(d_q_v, H)[block] = (d_by_distance @ R[i, K - seen.stop:]).reshape(g_z[block].shape)
             d_r[i, K - seen.stop:] += (rows(q_v[block]).swapaxes(-1, -2) @ d_by_distance).swapaxes(-1, -2)
-        all_queries = xp.full(B * T, scale, dtype=Q.dtype)                         # a product with it is a sum, scaled
+        all_queries = xp.full(B * T, scale, dtype=o.dtype)                         # a product with it is a sum, scaled
         d_u, d_v = ((all_queries @ x.reshape(B * T, D)).reshape(H, d) for x in (d_q_u, d_q_v))
         return (d_q_u + d_q_v) * scale, d_kv, d_r.transpose(1, 0, 2).reshape(K, D), d_u, d_v
     return result(o, *jointly(gradients, q, kv, r, u, v))

@@ -1,12 +1,13 @@
 """Relative attention against its definition: the shift, the four terms, the mask, the two forms of positions."""
 import dataclasses
 import math
+import weakref
 
 import numpy
 import pytest
 
 import txl
-from autograd import Tensor, softmax, to_numpy, xp
+from autograd import Tensor, linear, softmax, to_numpy, xp
 
 RNG = numpy.random.default_rng
 
@@ -120,6 +121,18 @@ def test_attention_in_one_operation_is_attention_step_by_step(T, M, window, quer
         answers.append([y.numpy()] + [to_numpy(x.grad) for x in inputs])
     for ours, expected in zip(*answers):
         numpy.testing.assert_allclose(ours, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_attention_in_one_operation_keeps_keys_and_values_but_not_the_queries():
+    """What it needs of them is in the queries with u and v, which it keeps."""
+    x = Tensor(xp.ones((1, 2, 4)), requires_grad=True)
+    q, kv = x * 1.0, linear(x, xp.ones((4, 8)), 0.0, before=xp.ones((1, 3, 4)))
+    queries, keys = weakref.ref(q.data), weakref.ref(kv.data)
+    o = txl.attend(q, kv, xp.ones((5, 4)), xp.ones((2, 2)), xp.ones((2, 2)), txl.hidden_keys(2, 3))
+    del q, kv
+    assert queries() is None and keys() is not None
+    o.sum().backward()
+    assert keys() is None and x.grad is not None
 
 
 def test_attention_by_distance_is_the_mean_weight_of_the_keys_that_far_back():

@@ -373,6 +373,8 @@ def test_plot_draws_two_pictures_or_says_that_matplotlib_is_missing(folder, fini
     (["--data", "."], 1, "is a directory"),
     (["--data", "single"], 1, "single symbol"),
     (["--out", "text"], 1, "cannot write to text"),
+    (["--out", "/proc/self/fd"], 1, "cannot write to /proc/self/fd"),
+    (["--out", "two\nlines" + 300 * "."], 1, "name too long"),
     (["--out", "empty", "--eval"], 1, "no checkpoint in empty"),
     (["--out", "empty", "--plot"], 1, "cannot read empty/log.csv"),
     (["--out", "garbage", "--eval"], 1, "is not a checkpoint of this program"),

@@ -1,6 +1,8 @@
 """The engine: what a Tensor is, how the graph is built, walked and released, and what its errors say."""
+import copy
 import gc
 import math
+import pickle
 import threading
 import weakref
 
@@ -223,12 +225,23 @@ def test_an_operation_keeps_no_operand_that_its_gradient_does_not_need(f):
     assert x.grad is not None
 
 
-def test_a_leaf_that_is_forgotten_gets_no_gradient_and_the_others_do():
-    x, y = leaf([1.0, 2.0]), leaf([3.0, 4.0])
-    loss = (x * y).sum()
-    del y
-    loss.backward()
-    assert to_numpy(x.grad).tolist() == [3, 4]
+def test_copies_of_a_leaf_are_leaves_of_their_own():
+    for again in (copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))):
+        x = leaf([1.0, 2.0])
+        y = again(x)
+        (x * y * y).sum().backward()
+        assert to_numpy(x.grad).tolist() == [1, 4] and to_numpy(y.grad).tolist() == [2, 8]
+
+
+def test_a_result_may_become_a_leaf_and_a_leaf_may_get_another_array():
+    with no_grad():
+        x = leaf([1.0, 2.0]) * 2.0
+    x.requires_grad = True
+    (x * x).sum().backward()
+    assert to_numpy(x.grad).tolist() == [4, 8]
+    x.data, x.grad = xp.ones((2, 2)), None
+    (x * xp.ones(2)).sum().backward()
+    assert to_numpy(x.grad).tolist() == [[1, 1], [1, 1]]
 
 
 def test_a_graph_that_is_dropped_needs_no_garbage_collector():
