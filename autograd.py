@@ -354,8 +354,8 @@ def arrays(*operands):
     are fractions in them). float32 beside float64 is a TypeError.
     """
     values = [value_of(operand) for operand in operands]
-    dtypes = [getattr(value, "dtype", None) for value in values]
-    if dtypes[0] is not None and all([dtype is dtypes[0] for dtype in dtypes]):
+    dtypes = {getattr(value, "dtype", None) for value in values}
+    if len(dtypes) == 1 and None not in dtypes:
         return values                       # the usual case
     for i, value in enumerate(values):
         if isinstance(value, numpy.generic):
