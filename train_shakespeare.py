@@ -2,7 +2,7 @@
 # %% Train a Transformer-XL on Shakespeare
 """Train a character-level Transformer-XL on Tiny Shakespeare, evaluate it, and let it write.
 
-    python train_shakespeare.py                         train (about six minutes on two CPU cores)
+    python train_shakespeare.py                         train (five to six minutes on two CPU cores)
     python train_shakespeare.py --device gpu            a larger model on a CUDA GPU, with CuPy
     python train_shakespeare.py --resume                continue an interrupted run
     python train_shakespeare.py --generate "ROMEO:"     let the trained model continue a text
@@ -664,10 +664,16 @@ def clock(seconds):
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
-def check_size(config, B, T, M, kept=1):
-    """Failure if the model, a step on one batch and `kept` memories of it cannot fit into this machine's memory."""
+def first_given(*values):
+    """The first that is not None."""
+    return next(value for value in values if value is not None)
+
+
+def check_size(config, B, T, M, memories=1, copies=1):
+    """Failure if so many `copies` of the model's numbers, a step on one batch and so many `memories` of it cannot fit into this
+    machine's memory."""
     rows = 2 * config.d_ff + 12 * config.d_model + config.n_head * (M + T)      # kept for each token and layer, roughly
-    needed = 4 * (6 * config.parameter_count() + config.n_layer * B * (T * rows + (2 + kept) * M * config.d_model))
+    needed = 4 * (copies * config.parameter_count() + config.n_layer * B * (T * rows + (2 + memories) * M * config.d_model))
     if xp.module is numpy and "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):      # a GPU says so itself, in time
         there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         if needed > there:
@@ -705,12 +711,13 @@ def train(args):
     vocabulary = "".join(sorted(set(text)))
     config = configuration(settings, len(vocabulary))
     steps, lr, batch_size, seq_len = (settings[name] for name in ("steps", "lr", "batch_size", "seq_len"))
-    eval_mem_len = settings["mem_len"] if settings["eval_mem_len"] is None else settings["eval_mem_len"]
+    eval_mem_len = first_given(settings["eval_mem_len"], settings["mem_len"])
     training, held_out = split(encode(text, vocabulary))
     streams = Streams(training, batch_size, seq_len, settings["mem_len"], settings["seed"])
-    check_size(config, batch_size, seq_len, settings["mem_len"], kept=4 * streams.groups)     # three copies for a checkpoint
-    model = TransformerXL(config, seed=settings["seed"])
     slices = row_parts(batch_size, args.threads)
+    # Adam has five arrays and a gradient for each part; writing a checkpoint takes three times what is in it.
+    check_size(config, batch_size, seq_len, settings["mem_len"], memories=4 * streams.groups, copies=17 + len(slices))
+    model = TransformerXL(config, seed=settings["seed"])
     adam = Adam(model.parameters(), betas=(0.9, 0.99), weight_decay=settings["weight_decay"], clip=1.0, average_over=100,
                 parts=len(slices))
     step, best, log, before, loss_sum, norm, memory = 0, None, [], 0.0, 0.0, 0.0, []
@@ -847,8 +854,7 @@ def trained(args):
     meta, arrays = load(path)
     model = TransformerXL(Config(**meta["model"]))
     restore(model, arrays, path)
-    lengths = (args.eval_mem_len, meta["settings"]["eval_mem_len"], model.config.mem_len)
-    return meta, model, next(length for length in lengths if length is not None)
+    return meta, model, first_given(args.eval_mem_len, meta["settings"]["eval_mem_len"], model.config.mem_len)
 
 
 def held_out_text(args, meta):
@@ -866,7 +872,7 @@ def evaluate_run(args):
     meta, model, chosen = trained(args)
     corpus, held_out = held_out_text(args, meta)
     n = len(held_out) - 1
-    batch_size, seq_len = (getattr(args, name) or meta["settings"][name] for name in ("batch_size", "seq_len"))
+    batch_size, seq_len = (first_given(getattr(args, name), meta["settings"][name]) for name in ("batch_size", "seq_len"))
     lengths = [chosen] if args.eval_mem_len is not None else sorted(
         {int(f * model.config.mem_len) for f in (0, 0.5, 1, 2, 4)} | {chosen})
     for mem_len in lengths:
@@ -887,7 +893,7 @@ def generate_text(args):
         raise Failure("--generate needs at least one character to start from", status=2)
     prompt = encode(args.generate, vocabulary)
     print(args.generate, end="", flush=True)
-    rng = numpy.random.default_rng(1 if args.seed is None else args.seed)
+    rng = numpy.random.default_rng(first_given(args.seed, FIXED["seed"][0]))
     for token in generate(model, prompt, args.length, args.temperature, args.top_k, args.top_p, rng, mem_len):
         print(vocabulary[token], end="", flush=True)
     print()
