@@ -694,8 +694,8 @@ def cross_entropy(logits, targets):
 #     dz[j]/dx[i] = s (1[i = j] - 1/n) + z[j]/s ds/dx[i] = s (1[i = j] - 1/n - z[j] z[i] / n)
 #     dL/dx[i] = sum_j g[j] dz[j]/dx[i] = s (g[i] - mean(g) - z[i] mean(g z))
 #
-# Shifting or, but for eps, stretching a row leaves z as it is, so the gradient is orthogonal
-# to (1, …, 1) and to x - mean. Gain and shift are a multiplication and an addition, with the gradients of those.
+# Shifting or, but for eps, stretching a row leaves z as it is, so the gradient is orthogonal to (1, …, 1) and to x - mean. Gain
+# and shift are a multiplication and an addition, with the gradients of those.
 
 @op
 def normalise(a, eps=1e-5):
