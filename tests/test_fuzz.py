@@ -53,6 +53,18 @@ def test_a_checkpoint_without_what_training_needs_is_not_resumed(meta, without, 
         fuzz.load_checkpoint(tmp_path / "odd.npz")
 
 
+@pytest.mark.parametrize("meta", [
+    {"corpus": {"name": 1, "sha256": ""}}, {"corpus": {}}, {"step": -1}, {"step": 2.0}, {"step": True}, {"step": None},
+    {"vocabulary": "ba"}, {"settings": {}}, {"model": {}}, {"version": 1}], ids=str)
+def test_a_checkpoint_that_is_wrong_in_itself_is_refused(meta, checkpoint, tmp_path):
+    with numpy.load(io.BytesIO(checkpoint)) as file:
+        arrays = dict(file)
+    arrays["meta"] = numpy.array(json.dumps({**json.loads(arrays["meta"].item()), **meta}))
+    numpy.savez(tmp_path / "wrong.npz", **arrays)
+    with pytest.raises(command.Failure, match="is not a checkpoint of this program"):
+        command.load(tmp_path / "wrong.npz")
+
+
 def test_a_checkpoint_cannot_unpack_to_more_than_its_size(tmp_path):
     """Neither by compression nor by listing one part of the file again and again."""
     packed, array = io.BytesIO(), io.BytesIO()
