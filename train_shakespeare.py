@@ -218,9 +218,11 @@ def tiny_shakespeare():
         except Failure as failure:
             reasons.append(str(failure))
         else:
-            with contextlib.suppress(OSError, Failure):         # where no copy can be kept, the next run downloads again
+            try:
                 (HERE / "data").mkdir(exist_ok=True)
                 write_whole(HERE / "data" / corpus["file"], data)
+            except (OSError, Failure) as error:
+                print(f"cannot keep a copy of the corpus in {HERE / 'data'}: {getattr(error, 'strerror', error)}", file=sys.stderr)
             return data
     raise Failure(f"no corpus: the download failed ({'; pip: '.join(reasons)}); name any UTF-8 text with --data FILE")
 
@@ -347,6 +349,7 @@ class Streams:
 # NumPy works on one core at a time in everything but large matrix products. So the rows of a batch are divided among
 # processes: copies of this one, made by fork, each of which builds and walks a graph of its own. (Threads would do
 # without copies, but they take turns at Python's lock: two threads need 1.2 to 2.4 times as long as two processes.)
+#
 # Parameters and gradients (Adam's, in txl.py) are arrays of `shared_zeros`, which all processes see. No locks are needed:
 # they change only during a call, each process writes its own share, and the next call begins when all have answered.
 #
@@ -366,11 +369,13 @@ class Workers(contextlib.AbstractContextManager):
     The processes start as copies of this one and stay until the end of the `with`, so a function finds what its earlier call
     for the same part left behind; others see it in arrays of `shared_zeros` only. Arguments and results are plain data or
     arrays. The first exception of a part is raised here, once all parts have answered; a process that has ended is a Failure.
-    On other systems than Linux, where fork is missing or unsafe, the parts run in threads; on a GPU there is only one.
+    On other systems than Linux, where fork is missing or unsafe, the parts run in threads; on a GPU there can be only one.
     """
 
     def __init__(self, parts, functions):
         self.parts, self.functions, self.processes, self.pipes, self.threads = list(parts), list(functions), [], [], None
+        if len(self.parts) > 1 and xp.module is not numpy:
+            raise ValueError("Workers: a GPU takes one part")
         if len(self.parts) > 1 and not sys.platform.startswith("linux"):
             self.threads = ThreadPoolExecutor(len(self.parts))
             return
@@ -988,13 +993,13 @@ def main(argv=None):
         no_more_output()
         return 1
     except OSError as error:
-        message = f"{error.filename or 'input or output'}: {error.strerror or error}"
+        message = one_line(f"{error.filename or 'input or output'}: {error.strerror or error}")
     except KeyboardInterrupt:
         with contextlib.suppress(BrokenPipeError):
             print(flush=True)
         os._exit(130)                           # at once, without waiting for threads
     # On a terminal, over a log line that was not to be kept.
-    print(("\r\x1b[K" if sys.stderr.isatty() else "") + f"train_shakespeare.py: {one_line(str(message))}", file=sys.stderr)
+    print(("\r\x1b[K" if sys.stderr.isatty() else "") + f"train_shakespeare.py: {message}", file=sys.stderr)
     return status
 
 

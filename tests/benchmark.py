@@ -128,31 +128,29 @@ def peak_rss_mib(_=None):
 
 def profile(c, threads, steps, warmup):
     """{name: [calls, seconds]} a step, of one worker's share of the batch: each operation without those it calls."""
-    spent, inner, running = {}, [], []
+    spent, running = {}, []                                 # running: [name, seconds in what it calls], the innermost last
 
     def timed(name, function):
         @functools.wraps(function)
         def run(*arguments, **options):
-            inner.append(0.0)
-            running.append(name)
+            running.append([name, 0.0])
             start = time.perf_counter()
             try:
                 return function(*arguments, **options)
             finally:
                 synchronise()
                 seconds = time.perf_counter() - start
-                running.pop()
                 entry = spent.setdefault(name, [0, 0.0])
                 entry[0] += 1 / steps
-                entry[1] += (seconds - inner.pop()) / steps
-                if inner:
-                    inner[-1] += seconds
+                entry[1] += (seconds - running.pop()[1]) / steps
+                if running:
+                    running[-1][1] += seconds
         return run
 
     plain = autograd.result
 
     def result(data, *edges):
-        name = f"{running[-1]}, backward"
+        name = f"{running[-1][0]}, backward"
         return plain(data, *((operand, timed(name, gradient)) for operand, gradient in edges))
     replaced = [(owner, attribute, value, timed(name, value)) for name, operation in autograd.OPS.items()
                 for owner in (autograd, txl, autograd.Tensor) for attribute, value in vars(owner).items() if value is operation]

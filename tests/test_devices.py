@@ -18,6 +18,7 @@ import autograd
 import standin
 import txl
 from autograd import Tensor, check_gradients, to_numpy, use_device, xp
+from test_command import SMALL, TEXT, arrays
 from test_gradients import CASES, model_of, tensors
 from train_shakespeare import Streams, evaluate
 
@@ -197,21 +198,19 @@ sys.exit(train_shakespeare.main(sys.argv[3:]))"""
 
 def test_a_run_moves_between_devices_and_ends_with_the_same_bits(tmp_path):
     """Trained, resumed on the other device, evaluated and continued, in both directions and on one device alone."""
-    (tmp_path / "text").write_text("".join(f"Citizen {n % 7}:\nWe know't, we know't.\n\n" for n in range(80)))
+    (tmp_path / "text").write_text(TEXT)
 
     def command(*arguments):
         done = subprocess.run([sys.executable, "-c", COMMAND, str(TESTS.parent), str(TESTS), "--data", "text", *arguments],
                               cwd=tmp_path, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stderr
         return done.stdout
-    small = ("--n-layer 1 --n-head 2 --d-model 16 --d-ff 16 --seq-len 16 --mem-len 16 --batch-size 4 --dropout 0.1 --lr 1e-2 "
-             "--log-every 5 --eval-every 10 --threads 1").split()
     outcomes = []
     for name, first, second in [("a", "cpu", "cpu"), ("b", "gpu", "cpu"), ("c", "cpu", "gpu"), ("d", "gpu", "gpu")]:
-        command("--device", first, "--out", name, "--steps", "10", *small)
+        command("--device", first, "--out", name, "--steps", "10", *SMALL, "--dropout", "0.1", "--threads", "1")
         command("--device", second, "--out", name, "--steps", "20", "--threads", "1", "--resume")
-        with numpy.load(tmp_path / name / "checkpoint.npz", allow_pickle=False) as file:
-            state = {key: file[key] for key in file.files if key != "meta"}
+        state = arrays(tmp_path / name / "checkpoint.npz")
+        del state["meta"]                                                       # it has the times
         table = command("--device", second, "--out", name, "--eval", "--threads", "1").splitlines()[1:]
         table = [line.split()[:4] for line in table]                            # without characters a second
         written = command("--device", second, "--out", name, "--generate", "Citizen", "--length", "20")

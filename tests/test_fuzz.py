@@ -16,6 +16,16 @@ def checkpoint(tmp_path_factory):
     return fuzz.checkpoint(tmp_path_factory.mktemp("run"))
 
 
+def altered(checkpoint, path, change, without=None):
+    """The path of a checkpoint file whose meta has gone through `change`, without one of its arrays."""
+    with numpy.load(io.BytesIO(checkpoint)) as file:
+        arrays = {name: array for name, array in file.items() if name != without}
+    meta = json.loads(arrays["meta"].item())
+    change(meta)
+    numpy.savez(path, **{**arrays, "meta": numpy.array(json.dumps(meta))})
+    return path
+
+
 @pytest.mark.parametrize("cases", [fuzz.checkpoints, fuzz.inputs])
 def test_damaged_input_ends_in_success_or_in_one_line(cases, tmp_path):
     ends, slowest = fuzz.run(cases(400, seed=1, folder=tmp_path))
@@ -29,15 +39,12 @@ def test_a_run_killed_at_random_moments_ends_with_the_bits_of_an_undisturbed_one
 
 @pytest.mark.parametrize("field, value", [("n_layer", 10**9), ("d_model", 10**6), ("mem_len", 10**30)])
 def test_a_checkpoint_cannot_declare_a_model_larger_than_itself(field, value, checkpoint, tmp_path):
-    with numpy.load(io.BytesIO(checkpoint)) as file:
-        arrays = dict(file)
-    meta = json.loads(arrays["meta"].item())
-    meta["model"][field] = value
-    if field in meta["settings"]:
-        meta["settings"][field] = value
-    numpy.savez(tmp_path / "large.npz", **{**arrays, "meta": numpy.array(json.dumps(meta))})
+    def enlarge(meta):
+        meta["model"][field] = value
+        if field in meta["settings"]:
+            meta["settings"][field] = value
     with pytest.raises(command.Failure):
-        fuzz.load_checkpoint(tmp_path / "large.npz")
+        fuzz.load_checkpoint(altered(checkpoint, tmp_path / "large.npz", enlarge))
 
 
 @pytest.mark.parametrize("meta, without", [
@@ -45,24 +52,18 @@ def test_a_checkpoint_cannot_declare_a_model_larger_than_itself(field, value, ch
     ({"best": True}, None), ({"step": 0}, None), ({"log": [[0] * 7]}, None), ({"log": [["1"] + [0.5] * 6]}, None),
     ({"log": {}}, None), ({"log": ""}, None), ({}, "memory/0/0")])
 def test_a_checkpoint_without_what_training_needs_is_not_resumed(meta, without, checkpoint, tmp_path):
-    with numpy.load(io.BytesIO(checkpoint)) as file:
-        arrays = {name: array for name, array in file.items() if name != without}
-    arrays["meta"] = numpy.array(json.dumps({**json.loads(arrays["meta"].item()), **meta}))
-    numpy.savez(tmp_path / "odd.npz", **arrays)
+    odd = altered(checkpoint, tmp_path / "odd.npz", lambda old: old.update(meta), without)
     with pytest.raises(command.Failure, match="cannot be resumed from"):
-        fuzz.load_checkpoint(tmp_path / "odd.npz")
+        fuzz.load_checkpoint(odd)
 
 
 @pytest.mark.parametrize("meta", [
     {"corpus": {"name": 1, "sha256": ""}}, {"corpus": {}}, {"step": -1}, {"step": 2.0}, {"step": True}, {"step": None},
     {"vocabulary": "ba"}, {"settings": {}}, {"model": {}}, {"version": 1}], ids=str)
 def test_a_checkpoint_that_is_wrong_in_itself_is_refused(meta, checkpoint, tmp_path):
-    with numpy.load(io.BytesIO(checkpoint)) as file:
-        arrays = dict(file)
-    arrays["meta"] = numpy.array(json.dumps({**json.loads(arrays["meta"].item()), **meta}))
-    numpy.savez(tmp_path / "wrong.npz", **arrays)
+    wrong = altered(checkpoint, tmp_path / "wrong.npz", lambda old: old.update(meta))
     with pytest.raises(command.Failure, match="is not a checkpoint of this program"):
-        command.load(tmp_path / "wrong.npz")
+        command.load(wrong)
 
 
 def test_a_checkpoint_cannot_unpack_to_more_than_its_size(tmp_path):
