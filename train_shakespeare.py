@@ -222,7 +222,8 @@ def tiny_shakespeare():
                 (HERE / "data").mkdir(exist_ok=True)
                 write_whole(HERE / "data" / corpus["file"], data)
             except (OSError, Failure) as error:
-                print(f"cannot keep a copy of the corpus in {HERE / 'data'}: {getattr(error, 'strerror', error)}", file=sys.stderr)
+                print(f"cannot keep a copy of the corpus in {HERE / 'data'}: {getattr(error, 'strerror', error)}",
+                      file=sys.stderr)
             return data
     raise Failure(f"no corpus: the download failed ({'; pip: '.join(reasons)}); name any UTF-8 text with --data FILE")
 
