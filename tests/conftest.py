@@ -8,7 +8,8 @@ import pathlib
 import sys
 
 for _variable in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"):
-    os.environ.setdefault(_variable, "1")       # many small products: threads inside each cost more than they give
+    # many small products: threads inside each cost more than they give
+    os.environ.setdefault(_variable, "1")
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
@@ -18,7 +19,8 @@ import autograd
 
 
 def pytest_addoption(parser):
-    parser.addoption("--device", choices=["cpu", "gpu"], default="cpu", help="run the tests on NumPy or CuPy")
+    parser.addoption("--device", choices=["cpu", "gpu"], default="cpu",
+                     help="run the tests on NumPy or CuPy")
 
 
 def pytest_configure(config):

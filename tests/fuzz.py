@@ -1,10 +1,14 @@
-"""Damaged input on purpose, and sudden death: every case must end in success or in the documented error.
+"""Damaged input on purpose, and sudden death: every case must end in success or in the
+documented error.
 
-    python tests/fuzz.py                    10,000 damaged checkpoints, 10,000 damaged texts and argument lists
-    python tests/fuzz.py --cases 500        fewer
-    python tests/fuzz.py --kill 50          a run killed (SIGKILL) and resumed 50 times ends with the bits of an undisturbed one
+    python tests/fuzz.py                10,000 damaged checkpoints, 10,000 damaged texts and
+                                        argument lists
+    python tests/fuzz.py --cases 500    fewer
+    python tests/fuzz.py --kill 50      a run killed (SIGKILL) and resumed 50 times ends with
+                                        the bits of an undisturbed one
 
-Prints how the cases ended, the slowest and the memory taken; ends with status 1 at the first wrong one.
+Prints how the cases ended, the slowest and the memory taken; ends with status 1 at the first
+wrong one.
 """
 import argparse
 import collections
@@ -28,15 +32,16 @@ sys.path.insert(0, str(ROOT))
 import train_shakespeare as command
 from txl import Config, TransformerXL
 
-ODD = [0, -1, 1, 2.5, 1e308, 10**9, 10**30, "", "x", "1e9", None, True, [], {}, [[]], "é", "\x00", -0.0, 7]
-ODD_ARGUMENTS = ["", "0", "-1", "1", "3", "2.5", "1e400", "nan", "inf", "-inf", "10" * 30, "x", "--", "é", "\x00", "0x10", " 5", "5 ",
-                 "sinusoid", "cpu", "a/b", "1_000", "٣"]
+ODD = [0, -1, 1, 2.5, 1e308, 10**9, 10**30, "", "x", "1e9", None, True, [], {}, [[]],
+       "é", "\x00", -0.0, 7]
+ODD_ARGUMENTS = ["", "0", "-1", "1", "3", "2.5", "1e400", "nan", "inf", "-inf", "10" * 30, "x",
+                 "--", "é", "\x00", "0x10", " 5", "5 ", "sinusoid", "cpu", "a/b", "1_000", "٣"]
 
 
 def checkpoint(folder):
     """The bytes of a small checkpoint that can be resumed from."""
-    subprocess.run([sys.executable, ROOT / "train_shakespeare.py", *small_run(folder), "--steps", "3"], check=True,
-                   cwd=folder, stdout=subprocess.DEVNULL)
+    subprocess.run([sys.executable, ROOT / "train_shakespeare.py", *small_run(folder),
+                    "--steps", "3"], check=True, cwd=folder, stdout=subprocess.DEVNULL)
     return (folder / "run" / "checkpoint.npz").read_bytes()
 
 
@@ -44,8 +49,9 @@ def small_run(folder):
     text = folder / "text"
     if not text.exists():
         text.write_text("".join("abcdefgh "[i * i % 9] for i in range(3000)))
-    return ["--data", str(text), "--out", "run", "--n-layer", "1", "--n-head", "2", "--d-model", "8", "--d-ff", "8",
-            "--seq-len", "6", "--mem-len", "5", "--batch-size", "4", "--log-every", "2", "--eval-every", "3", "--threads", "2"]
+    return ["--data", str(text), "--out", "run", "--n-layer", "1", "--n-head", "2",
+            "--d-model", "8", "--d-ff", "8", "--seq-len", "6", "--mem-len", "5",
+            "--batch-size", "4", "--log-every", "2", "--eval-every", "3", "--threads", "2"]
 
 
 def damaged(data, rng):
@@ -55,7 +61,8 @@ def damaged(data, rng):
         at, length = int(rng.integers(len(data) + 1)), int(rng.integers(1, 50))
         kind = rng.integers(5)
         if kind == 0:
-            data[at:at + length] = rng.integers(256, size=len(data[at:at + length]), dtype=numpy.uint8).tobytes()
+            data[at:at + length] = rng.integers(256, size=len(data[at:at + length]),
+                                                dtype=numpy.uint8).tobytes()
         elif kind == 1 and at < len(data):
             data[at] ^= 1 << int(rng.integers(8))
         elif kind == 2:
@@ -78,7 +85,8 @@ def altered(data, rng):
         meta = json.loads(arrays["meta"].item())
         place = meta
         while True:                                     # any value, however deep
-            key = (list(place)[rng.integers(len(place))] if isinstance(place, dict) else int(rng.integers(len(place))))
+            key = (list(place)[rng.integers(len(place))] if isinstance(place, dict)
+                   else int(rng.integers(len(place))))
             if not isinstance(place[key], (dict, list)) or not place[key] or rng.random() < 0.3:
                 break
             place = place[key]
@@ -87,15 +95,18 @@ def altered(data, rng):
     elif kind == 4:
         del arrays[name]
     elif kind == 5:
-        arrays[name] = [arrays[name].astype(str), numpy.zeros((0, 3)), arrays[name].reshape(-1)[:1], arrays[name].T[None],
+        arrays[name] = [arrays[name].astype(str), numpy.zeros((0, 3)),
+                        arrays[name].reshape(-1)[:1], arrays[name].T[None],
                         numpy.array(["x"], dtype=object)][rng.integers(5)]
     else:
-        arrays[name] = numpy.full_like(arrays[name], numpy.nan) if arrays[name].dtype.kind == "f" else arrays[name]
+        arrays[name] = (numpy.full_like(arrays[name], numpy.nan)
+                        if arrays[name].dtype.kind == "f" else arrays[name])
     buffer = io.BytesIO()
     numpy.savez(buffer, **arrays)
     data = buffer.getvalue()
-    if rng.random() < 0.3:                              # a header that declares an enormous or a negative array
-        data = data.replace(b"(8, ", b"(" + [b"9", b"-"][rng.integers(2)] + b", ", 1).replace(b"'<f4'", b"'<f9'", rng.integers(2))
+    if rng.random() < 0.3:              # a header that declares an enormous or a negative array
+        data = data.replace(b"(8, ", b"(" + [b"9", b"-"][rng.integers(2)] + b", ", 1)
+        data = data.replace(b"'<f4'", b"'<f9'", rng.integers(2))
     return data
 
 
@@ -103,7 +114,7 @@ def load_checkpoint(path):
     meta, arrays = command.load(path)
     model = TransformerXL(Config(**meta["model"]))
     command.restore(model, arrays, path)
-    command.memory_to_resume(meta, arrays, 7, path)             # as many groups as the text below has
+    command.memory_to_resume(meta, arrays, 7, path)     # as many groups as the text below has
 
 
 def checkpoints(count, seed, folder):
@@ -117,10 +128,12 @@ def inputs(count, seed, folder):
     """Texts and argument lists, in turns."""
     rng, path = numpy.random.default_rng(seed), folder / "damaged.txt"
     options = [f"--{name.replace('_', '-')}" for name in command.SETTINGS] + [
-        "--resume", "--eval", "--plot", "--generate", "--length", "--top-p", "--device", "--threads", "--out", "--data", "--what"]
+        "--resume", "--eval", "--plot", "--generate", "--length", "--top-p", "--device",
+        "--threads", "--out", "--data", "--what"]
     for n in range(count):
         if n % 2:
-            path.write_bytes(damaged("To be, or not to be: that is the question. é\r\n".encode() * 20, rng))
+            path.write_bytes(damaged(
+                "To be, or not to be: that is the question. é\r\n".encode() * 20, rng))
 
             def read(size=int(rng.integers(1, 40))):
                 text, corpus = command.find_corpus(path)
@@ -130,12 +143,14 @@ def inputs(count, seed, folder):
             yield read
         else:
             arguments = [str(part) for _ in range(rng.integers(1, 6))
-                         for part in (options[rng.integers(len(options))], ODD_ARGUMENTS[rng.integers(len(ODD_ARGUMENTS))])]
+                         for part in (options[rng.integers(len(options))],
+                                      ODD_ARGUMENTS[rng.integers(len(ODD_ARGUMENTS))])]
             yield lambda: command.parse_arguments(arguments)
 
 
 def run(cases):
-    """{how a case ended: how often}, and the seconds of the slowest. Any other exception than Failure comes through."""
+    """{how a case ended: how often}, and the seconds of the slowest. Any other exception than
+    Failure comes through."""
     ends, slowest = collections.Counter(), 0.0
     for case in cases:
         start = time.perf_counter()
@@ -154,16 +169,20 @@ def run(cases):
 
 
 def kill_and_resume(times, seed, folder):
-    """Kill a run at random moments and resume it; its end has the bits of a run that was left alone. Returns the kills."""
-    program = [sys.executable, ROOT / "train_shakespeare.py", *small_run(folder), "--steps", str(30 * times)]
+    """Kill a run at random moments and resume it; its end has the bits of a run that was left
+    alone. Returns the kills."""
+    program = [sys.executable, ROOT / "train_shakespeare.py", *small_run(folder),
+               "--steps", str(30 * times)]
     rng, out, kills = numpy.random.default_rng(seed), folder / "run", 0
     quiet = dict(cwd=folder, stdout=subprocess.DEVNULL)
     while kills < times:
         checkpoint = out / "checkpoint.npz"
         before = checkpoint.stat().st_mtime_ns if kills else 0
-        process = subprocess.Popen(program + ["--resume"] * (kills > 0), stderr=subprocess.PIPE, **quiet)
-        while process.poll() is None and not (checkpoint.exists() and checkpoint.stat().st_mtime_ns > before):
-            time.sleep(0.002)                           # until it has written a checkpoint of its own
+        process = subprocess.Popen(program + ["--resume"] * (kills > 0),
+                                   stderr=subprocess.PIPE, **quiet)
+        while process.poll() is None and not (checkpoint.exists()
+                                              and checkpoint.stat().st_mtime_ns > before):
+            time.sleep(0.002)                   # until it has written a checkpoint of its own
         time.sleep(rng.random() * 0.2)
         process.kill()
         error = process.communicate()[1]
@@ -181,14 +200,16 @@ def kill_and_resume(times, seed, folder):
     for name in ("run", "alone"):
         meta, arrays = command.load(folder / name / "checkpoint.npz")
         rows = [row[:5] for row in meta["log"]]         # without speed and seconds
-        ends.append({**arrays, "step": meta["step"], "best": meta["best"], "log": numpy.array(rows, dtype=float)})
+        ends.append({**arrays, "step": meta["step"], "best": meta["best"],
+                     "log": numpy.array(rows, dtype=float)})
     for name in ends[0].keys() | ends[1].keys():
         numpy.testing.assert_array_equal(ends[0][name], ends[1][name], err_msg=name)
     return kills
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kill", type=int, metavar="TIMES")
@@ -196,13 +217,15 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
         if args.kill:
-            print(f"killed and resumed {kill_and_resume(args.kill, args.seed, folder)} times: no file was torn, and the end has "
+            kills = kill_and_resume(args.kill, args.seed, folder)
+            print(f"killed and resumed {kills} times: no file was torn, and the end has "
                   "the bits of an undisturbed run")
             return
         for what, cases in (("checkpoints", checkpoints), ("texts and arguments", inputs)):
             ends, slowest = run(cases(args.cases, args.seed, folder))
             mebibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
-            print(f"{what}: {dict(ends)}, the slowest {slowest:.3f} s, memory so far at most {mebibytes} MiB", flush=True)
+            print(f"{what}: {dict(ends)}, the slowest {slowest:.3f} s, "
+                  f"memory so far at most {mebibytes} MiB", flush=True)
             assert slowest < 1 and mebibytes < 1024
 
 

@@ -1,8 +1,9 @@
 """A stand-in for CuPy on machines without a GPU: NumPy behind arrays that are as strict as CuPy's.
 
-A CuPy array does not mix with a NumPy array and is not converted to one unless asked (`.get()`); NumPy's functions
-refuse it. Code that passes device data to `numpy` by mistake works on the CPU and fails on the GPU. With this library
-in the place of `xp` it fails on any machine. What the arrays compute is NumPy's result, bit for bit.
+A CuPy array does not mix with a NumPy array and is not converted to one unless asked
+(`.get()`); NumPy's functions refuse it. Code that passes device data to `numpy` by mistake
+works on the CPU and fails on the GPU. With this library in the place of `xp` it fails on any
+machine. What the arrays compute is NumPy's result, bit for bit.
 """
 import numpy
 
@@ -23,7 +24,8 @@ def unwrap(value, where):
 
 
 def wrap(value):
-    """Arrays and NumPy scalars come out as stand-in arrays (a reduction gives a 0-d array, as in CuPy)."""
+    """Arrays and NumPy scalars come out as stand-in arrays (a reduction gives a 0-d array, as
+    in CuPy)."""
     if isinstance(value, (numpy.ndarray, numpy.generic)):
         return Array(numpy.asarray(value))
     if isinstance(value, (tuple, list)):
@@ -86,17 +88,18 @@ def _forward(name):
         options = {key: unwrap(value, name) for key, value in options.items()}
         answer = getattr(self._values, name)(*arguments, **options)
         if name.startswith("__i") and name != "__invert__":
-            if answer is not self._values:              # NumPy gives a scalar where a 0-d array was meant
+            if answer is not self._values:  # NumPy gives a scalar where a 0-d array was meant
                 self._values[...] = answer
             return self
         return answer if name in ("item", "tolist") else wrap(answer)
     return method
 
 
-for _name in ("add sub mul truediv pow mod matmul radd rsub rmul rtruediv rpow rmatmul iadd isub imul itruediv "
-              "neg invert or and eq ne lt le gt ge").split():
+for _name in ("add sub mul truediv pow mod matmul radd rsub rmul rtruediv rpow rmatmul iadd isub "
+              "imul itruediv neg invert or and eq ne lt le gt ge").split():
     setattr(Array, f"__{_name}__", _forward(f"__{_name}__"))
-for _name in "sum mean max any all reshape squeeze transpose swapaxes astype copy argmax cumsum item tolist".split():
+for _name in ("sum mean max any all reshape squeeze transpose swapaxes astype copy argmax cumsum "
+              "item tolist").split():
     setattr(Array, _name, _forward(_name))
 Array.__hash__ = None
 
@@ -108,8 +111,9 @@ class Function:
         self.function, self.transfers = function, transfers
 
     def __call__(self, *arguments, **options):
-        if self.transfers:                              # asarray and array are how data gets onto the device
-            arguments = [argument._values if isinstance(argument, Array) else argument for argument in arguments]
+        if self.transfers:              # asarray and array are how data gets onto the device
+            arguments = [argument._values if isinstance(argument, Array) else argument
+                         for argument in arguments]
         else:
             arguments = [unwrap(argument, self.function.__name__) for argument in arguments]
         out = options.get("out")
@@ -141,11 +145,14 @@ class _Lib:
 
 
 class ElementwiseKernel:
-    """A kernel whose C++ happens to be Python as well: assignments of arithmetic, T(number), exp and sqrt."""
+    """A kernel whose C++ happens to be Python as well: assignments of arithmetic, T(number),
+    exp and sqrt."""
 
     def __init__(self, inputs, results, operation, name):
-        self.types = dict(parameter.split()[::-1] for parameter in (inputs + ", " + results).split(", "))
-        self.inputs, self.results = len(inputs.split(",")), [parameter.split()[1] for parameter in results.split(", ")]
+        self.types = dict(parameter.split()[::-1]
+                          for parameter in (inputs + ", " + results).split(", "))
+        self.inputs = len(inputs.split(","))
+        self.results = [parameter.split()[1] for parameter in results.split(", ")]
         self.operation, self.name = operation, name
 
     def __call__(self, *operands):
@@ -164,7 +171,8 @@ class ElementwiseKernel:
         inputs = list(values)[:self.inputs]
         for name in inputs:                             # CUDA has them const
             if name in arrays:
-                names[name] = numpy.broadcast_to(arrays[name], arrays[name].shape)      # a view that cannot be written to
+                # a view that cannot be written to
+                names[name] = numpy.broadcast_to(arrays[name], arrays[name].shape)
         given = [names[name] for name in inputs]
         exec(self.operation, names)
         if any(names[name] is not value for name, value in zip(inputs, given)):

@@ -12,7 +12,8 @@ RNG = numpy.random.default_rng
 
 
 def by_hand(weights, gradients, lr, beta1, beta2, eps, weight_decay, clip, decayed):
-    """The rule of the docstring in plain Python floats, element by element; `gradients` holds a list for each step."""
+    """The rule of the docstring in plain Python floats, element by element; `gradients` holds a
+    list for each step."""
     weights, m, v = list(weights), [0.0] * len(weights), [0.0] * len(weights)
     for t, gradient in enumerate(gradients, start=1):
         norm = math.sqrt(sum(g * g for g in gradient))
@@ -22,53 +23,62 @@ def by_hand(weights, gradients, lr, beta1, beta2, eps, weight_decay, clip, decay
             m[i] = beta1 * m[i] + (1 - beta1) * g
             v[i] = beta2 * v[i] + (1 - beta2) * g * g
             m_hat, v_hat = m[i] / (1 - beta1 ** t), v[i] / (1 - beta2 ** t)
-            weights[i] -= lr * (m_hat / (math.sqrt(v_hat) + eps) + (weight_decay * weights[i] if decayed[i] else 0.0))
+            decay = weight_decay * weights[i] if decayed[i] else 0.0
+            weights[i] -= lr * (m_hat / (math.sqrt(v_hat) + eps) + decay)
     return weights
 
 
-@pytest.mark.parametrize("weight_decay, clip, eps", [(0.0, None, 1e-8), (0.1, None, 1e-8), (0.0, 1.0, 1e-8), (0.2, 0.5, 0.1),
-                                                     (0.0, 100.0, 1e-3)])
+@pytest.mark.parametrize("weight_decay, clip, eps", [
+    (0.0, None, 1e-8), (0.1, None, 1e-8), (0.0, 1.0, 1e-8), (0.2, 0.5, 0.1), (0.0, 100.0, 1e-3)])
 def test_adam_is_the_rule_written_out_by_hand(weight_decay, clip, eps):
     rng = RNG(0)
     shapes = {"layer.W_q": (2, 3), "layer.b": (3,), "embedding": (4, 1), "u": (1, 2)}
-    parameters = {name: Tensor(xp.asarray(rng.normal(size=shape)), requires_grad=True) for name, shape in shapes.items()}
+    parameters = {name: Tensor(xp.asarray(rng.normal(size=shape)), requires_grad=True)
+                  for name, shape in shapes.items()}
     start = numpy.concatenate([p.numpy().ravel() for p in parameters.values()])
-    decayed = [name == "layer.W_q" for name, shape in shapes.items() for _ in range(math.prod(shape))]
+    decayed = [name == "layer.W_q" for name, shape in shapes.items()
+               for _ in range(math.prod(shape))]
     gradients = rng.normal(size=(5, len(start))) * numpy.array([[0.1], [1], [3], [0.01], [1]])
-    adam = txl.Adam(parameters, lr=0.05, betas=(0.8, 0.95), eps=eps, weight_decay=weight_decay, clip=clip)
+    adam = txl.Adam(parameters, lr=0.05, betas=(0.8, 0.95), eps=eps, weight_decay=weight_decay,
+                    clip=clip)
     for gradient in gradients:
         at = 0
         for p in parameters.values():
             p.grad = xp.asarray(gradient[at:at + p.size].reshape(p.shape))
             at += p.size
         norm = adam.step()
-        assert float(norm) == pytest.approx(numpy.linalg.norm(gradient), rel=1e-12)     # before clipping
+        # before clipping
+        assert float(norm) == pytest.approx(numpy.linalg.norm(gradient), rel=1e-12)
     expected = by_hand(start, gradients.tolist(), 0.05, 0.8, 0.95, eps, weight_decay, clip, decayed)
-    numpy.testing.assert_allclose(numpy.concatenate([p.numpy().ravel() for p in parameters.values()]), expected, rtol=1e-10)
+    updated = numpy.concatenate([p.numpy().ravel() for p in parameters.values()])
+    numpy.testing.assert_allclose(updated, expected, rtol=1e-10)
 
 
 @pytest.mark.skipif(xp.module is not numpy, reason="a GPU takes the whole batch at once")
 @pytest.mark.parametrize("parts", [2, 3])
 def test_adam_in_parts_adds_their_gradients_up_and_is_adam_in_one(parts):
-    """Each part of the batch collects its gradients; one parameter gets none from the last part after the first step, one
-    none at all."""
+    """Each part of the batch collects its gradients; one parameter gets none from the last part
+    after the first step, one none at all."""
     rng = RNG(1)
     values = {"W": rng.normal(size=(5, 3)), "b": rng.normal(size=4), "unused": rng.normal(size=2)}
-    ours, expected = ({name: Tensor(xp.asarray(value), requires_grad=True) for name, value in values.items()} for _ in range(2))
+    ours, expected = ({name: Tensor(xp.asarray(value), requires_grad=True)
+                       for name, value in values.items()} for _ in range(2))
     divided = txl.Adam(ours, lr=0.05, weight_decay=0.1, clip=1.0, parts=parts)
     whole = txl.Adam(expected, lr=0.05, weight_decay=0.1, clip=1.0)
     gradients = rng.normal(size=(3, parts, 19))
 
     def collect(part, step):
-        leaves = [(ours["b"], xp.asarray(gradients[step, part, 15:]))] if part < parts - 1 or step == 0 else []
-        divided.collect(part, leaves + [(ours["W"], xp.asarray(gradients[step, part, :15].reshape(5, 3)))])
+        W, b = gradients[step, part, :15].reshape(5, 3), gradients[step, part, 15:]
+        leaves = [(ours["b"], xp.asarray(b))] if part < parts - 1 or step == 0 else []
+        divided.collect(part, leaves + [(ours["W"], xp.asarray(W))])
     with Workers(range(parts), [collect, divided.add_up, divided.update]) as workers:
         for step in range(3):
             workers(collect, step)
             norm = divided.step(everywhere=workers)
             total = gradients[step].sum(axis=0)
             total[15:] -= gradients[step, -1, 15:] * (step > 0)
-            expected["W"].grad, expected["b"].grad = xp.asarray(total[:15].reshape(5, 3)), xp.asarray(total[15:])
+            expected["W"].grad = xp.asarray(total[:15].reshape(5, 3))
+            expected["b"].grad = xp.asarray(total[15:])
             assert float(norm) == pytest.approx(float(whole.step()), rel=1e-12)
     for name in values:
         numpy.testing.assert_allclose(ours[name].numpy(), expected[name].numpy(), rtol=1e-12)
@@ -104,11 +114,13 @@ def test_a_model_longer_than_a_block_is_updated_to_its_last_element():
     for _ in range(2):
         w.grad = xp.asarray(numpy.where(numpy.arange(150_001) % 2, 1.0, -3.0))
         adam.step()
-    numpy.testing.assert_allclose(w.numpy(), numpy.where(numpy.arange(150_001) % 2, -0.02, 0.02), rtol=1e-6)
+    expected = numpy.where(numpy.arange(150_001) % 2, -0.02, 0.02)
+    numpy.testing.assert_allclose(w.numpy(), expected, rtol=1e-6)
 
 
 def test_the_first_step_has_the_size_of_the_learning_rate_whatever_the_gradient():
-    """That is the bias correction: without it the first step would be (1 - beta1) / sqrt(1 - beta2) of it."""
+    """That is the bias correction: without it the first step would be
+    (1 - beta1) / sqrt(1 - beta2) of it."""
     for scale in (1e-3, 1.0, 1e3):
         w = Tensor(xp.zeros(2), requires_grad=True)
         w.grad = xp.asarray([scale, -scale])
@@ -144,7 +156,8 @@ def test_warmup_cosine():
 
 
 def test_training_learns_a_text_that_memory_makes_predictable():
-    """A period of 7 read in segments of 3 with a memory of 6: what comes next is in the memory, and the loss vanishes."""
+    """A period of 7 read in segments of 3 with a memory of 6: what comes next is in the memory,
+    and the loss vanishes."""
     config = txl.Config(4, n_layer=2, n_head=2, d_model=16, d_ff=32, mem_len=6)
     model = txl.TransformerXL(config, seed=1)
     adam = txl.Adam(model.parameters(), lr=1e-2, clip=1.0)

@@ -1,4 +1,5 @@
-"""Relative attention against its definition: the shift, the four terms, the mask, the two forms of positions."""
+"""Relative attention against its definition: the shift, the four terms, the mask, the two forms
+of positions."""
 import dataclasses
 import math
 import weakref
@@ -22,7 +23,7 @@ def test_relative_shift_is_the_double_loop(T, M):
     for i in range(T):
         for j in range(M + i + 1):                      # visible keys
             distance = M + i - j
-            column = K - 1 - distance                   # where attention puts the score of that distance
+            column = K - 1 - distance       # where attention puts the score of that distance
             numpy.testing.assert_array_equal(shifted[:, :, i, j], x[:, :, i, column])
 
 
@@ -34,13 +35,16 @@ def test_relative_shift_on_the_matrix_of_the_text():
 # %% The mask
 
 def test_hidden_keys_are_the_future():
-    assert to_numpy(txl.hidden_keys(3, 2)).astype(int).tolist() == [[0, 0, 0, 1, 1], [0, 0, 0, 0, 1], [0, 0, 0, 0, 0]]
+    hidden = to_numpy(txl.hidden_keys(3, 2))
+    assert hidden.astype(int).tolist() == [[0, 0, 0, 1, 1], [0, 0, 0, 0, 1], [0, 0, 0, 0, 0]]
 
 
 def test_same_length_shows_every_query_itself_and_mem_len_keys_before():
-    """The first query still sees the oldest memory; every later one loses one key at the far end."""
+    """The first query still sees the oldest memory; every later one loses one key at the far
+    end."""
     hidden = to_numpy(txl.hidden_keys(3, 4, window=4))
-    assert hidden.astype(int).tolist() == [[0, 0, 0, 0, 0, 1, 1], [1, 0, 0, 0, 0, 0, 1], [1, 1, 0, 0, 0, 0, 0]]
+    assert hidden.astype(int).tolist() == [
+        [0, 0, 0, 0, 0, 1, 1], [1, 0, 0, 0, 0, 0, 1], [1, 1, 0, 0, 0, 0, 0]]
     assert ((~hidden).sum(axis=1) == 4 + 1).all()
 
 
@@ -50,13 +54,15 @@ def test_sinusoid_is_the_formula():
     R = to_numpy(txl.sinusoid(xp.asarray([0, 1, 7, 300]), 6, numpy.float64))
     for row, x in zip(R, (0, 1, 7, 300)):
         w = [10000 ** (-2 * n / 6) for n in range(3)]
-        numpy.testing.assert_allclose(row, [math.sin(x * f) for f in w] + [math.cos(x * f) for f in w], rtol=1e-12)
+        expected = [math.sin(x * f) for f in w] + [math.cos(x * f) for f in w]
+        numpy.testing.assert_allclose(row, expected, rtol=1e-12)
 
 
 # %% The four terms
 
 def attention_by_loops(attention, x, memory, config, clamp_len):
-    """Section 3.3 of the paper as it is written: one score for each query, key and head, each of four terms."""
+    """Section 3.3 of the paper as it is written: one score for each query, key and head, each
+    of four terms."""
     p = {name: tensor.numpy() for name, tensor in txl.named_tensors(attention)}
     B, T, D = x.shape
     M, H, d = memory.shape[1], config.n_head, D // config.n_head
@@ -87,7 +93,8 @@ def attention_by_loops(attention, x, memory, config, clamp_len):
 
 
 @pytest.mark.parametrize("form", ["sinusoid", "learned"])
-@pytest.mark.parametrize("T, M, clamp_len", [(1, 0, 20), (4, 0, 20), (3, 2, 20), (3, 5, 20), (3, 5, 2)])
+@pytest.mark.parametrize("T, M, clamp_len", [
+    (1, 0, 20), (4, 0, 20), (3, 2, 20), (3, 5, 20), (3, 5, 2)])
 def test_attention_is_the_four_terms_as_four_loops(form, T, M, clamp_len):
     config = txl.Config(5, n_layer=1, n_head=2, d_model=8, positions=form, clamp_len=clamp_len)
     rng = RNG(1)
@@ -96,27 +103,33 @@ def test_attention_is_the_four_terms_as_four_loops(form, T, M, clamp_len):
         tensor.data[...] = xp.asarray(rng.normal(size=tensor.shape))
     x, memory = rng.normal(size=(2, T, 8)), rng.normal(size=(2, M, 8))
     positions = txl.relative_positions(config, T, M, numpy.float64)
-    ours = attention(Tensor(xp.asarray(x)), Tensor(xp.asarray(memory)), positions, txl.hidden_keys(T, M))
-    numpy.testing.assert_allclose(ours.numpy(), attention_by_loops(attention, x, memory, config, clamp_len), rtol=1e-10)
+    ours = attention(Tensor(xp.asarray(x)), Tensor(xp.asarray(memory)), positions,
+                     txl.hidden_keys(T, M))
+    expected = attention_by_loops(attention, x, memory, config, clamp_len)
+    numpy.testing.assert_allclose(ours.numpy(), expected, rtol=1e-10)
 
 
 @pytest.mark.parametrize("queries, scores", [(64, 1 << 17), (2, 1 << 17), (3, 40), (1, 1)])
-@pytest.mark.parametrize("T, M, window", [(1, 0, None), (1, 4, None), (5, 0, None), (5, 3, None), (5, 7, 7), (6, 2, 2)])
-def test_attention_in_one_operation_is_attention_step_by_step(T, M, window, queries, scores, monkeypatch):
-    """Value and every gradient, whatever the blocks: all at once, few queries, few heads and rows."""
+@pytest.mark.parametrize("T, M, window", [
+    (1, 0, None), (1, 4, None), (5, 0, None), (5, 3, None), (5, 7, 7), (6, 2, 2)])
+def test_attention_in_one_operation_is_attention_step_by_step(
+        T, M, window, queries, scores, monkeypatch):
+    """Value and every gradient, whatever the blocks: all at once, few queries, few heads and
+    rows."""
     monkeypatch.setattr(txl, "QUERIES", queries)
     monkeypatch.setattr(txl, "SCORES", scores)
     config, rng = txl.Config(5, n_layer=1, n_head=2, d_model=8), RNG(7)
     attention = txl.RelativeMultiHeadAttention(config, rng, numpy.float64)
     q, kv, g = (rng.normal(size=(3, n, width)) for n, width in ((T, 8), (M + T, 16), (T, 8)))
     u, v, W_r = (rng.normal(size=shape) for shape in ((2, 4), (2, 4), (8, 8)))
-    positions, mask = txl.relative_positions(config, T, M, numpy.float64), txl.hidden_keys(T, M, window)
+    positions = txl.relative_positions(config, T, M, numpy.float64)
+    mask = txl.hidden_keys(T, M, window)
     answers = []
     for one_operation in (True, False):
         inputs = [Tensor(xp.asarray(x), requires_grad=True) for x in (q, kv, u, v, W_r)]
         Q, KV, attention.u, attention.v, attention.W_r = inputs
-        y = (txl.attend(Q, KV, positions @ attention.W_r, attention.u, attention.v, mask) if one_operation
-             else attention.mix(Q, KV, positions, mask, None))
+        y = (txl.attend(Q, KV, positions @ attention.W_r, attention.u, attention.v, mask)
+             if one_operation else attention.mix(Q, KV, positions, mask, None))
         y.backward(xp.asarray(g))
         answers.append([y.numpy()] + [to_numpy(x.grad) for x in inputs])
     for ours, expected in zip(*answers):
@@ -136,32 +149,40 @@ def test_attention_in_one_operation_keeps_keys_and_values_but_not_the_queries():
 
 
 def test_attention_by_distance_is_the_mean_weight_of_the_keys_that_far_back():
-    """A layer whose scores are all 0 attends alike to everything it sees: query i of 3 behind a memory of 2 to i + 3 keys."""
-    model = txl.TransformerXL(txl.Config(5, n_layer=2, n_head=2, d_model=8, mem_len=2), dtype=numpy.float64)
+    """A layer whose scores are all 0 attends alike to everything it sees: query i of 3 behind a
+    memory of 2 to i + 3 keys."""
+    model = txl.TransformerXL(txl.Config(5, n_layer=2, n_head=2, d_model=8, mem_len=2),
+                              dtype=numpy.float64)
     for name, tensor in model.parameters().items():
         if name.startswith("layers.0") and name.endswith(("W_q", "W_r")):
             tensor.data[...] = 0
-    tokens, memory = xp.asarray([[0, 1, 2], [3, 4, 0]]), [xp.asarray(RNG(0).normal(size=(2, 2, 8))) for _ in range(2)]
+    tokens = xp.asarray([[0, 1, 2], [3, 4, 0]])
+    memory = [xp.asarray(RNG(0).normal(size=(2, 2, 8))) for _ in range(2)]
     rows = txl.attention_by_distance(model, tokens, memory)
     assert rows.shape == (2, 5)
     whole = (1 / 3 + 1 / 4 + 1 / 5) / 3
-    numpy.testing.assert_allclose(rows[0], [whole, whole, whole, (1 / 4 + 1 / 5) / 2, 1 / 5], rtol=1e-12)
+    numpy.testing.assert_allclose(rows[0], [whole, whole, whole, (1 / 4 + 1 / 5) / 2, 1 / 5],
+                                  rtol=1e-12)
     assert not numpy.allclose(rows[1], rows[0])
 
 
 def test_scores_too_large_for_exp_are_no_matter():
     """exp(1000) is infinite in any dtype; the largest score of a row is subtracted first."""
-    q, kv, zero = (xp.full((1, 3, width), value, dtype=xp.float32) for width, value in ((2, 60), (4, 60), (2, 0)))
-    out = txl.attend(q, kv, zero[0], xp.zeros((1, 2), dtype=xp.float32), xp.zeros((1, 2), dtype=xp.float32), txl.hidden_keys(3, 0))
+    q, kv, zero = (xp.full((1, 3, width), value, dtype=xp.float32)
+                   for width, value in ((2, 60), (4, 60), (2, 0)))
+    out = txl.attend(q, kv, zero[0], xp.zeros((1, 2), dtype=xp.float32),
+                     xp.zeros((1, 2), dtype=xp.float32), txl.hidden_keys(3, 0))
     numpy.testing.assert_allclose(out.numpy(), numpy.full((1, 3, 2), 60.0))
 
 
 @pytest.mark.parametrize("clamp_len", [11, 3])
 def test_learned_positions_filled_from_the_sinusoids_are_the_sinusoids(clamp_len):
-    """table[distance] = R[distance] W_r and bias[distance] = v . table[distance] give the paper's model exactly."""
+    """table[distance] = R[distance] W_r and bias[distance] = v . table[distance] give the
+    paper's model exactly."""
     config = txl.Config(7, n_layer=2, n_head=2, d_model=8, d_ff=16, mem_len=6, clamp_len=clamp_len)
     paper = txl.TransformerXL(config, seed=1, dtype=numpy.float64)
-    learned = txl.TransformerXL(dataclasses.replace(config, positions="learned"), dtype=numpy.float64)
+    learned = txl.TransformerXL(dataclasses.replace(config, positions="learned"),
+                                dtype=numpy.float64)
     rng = RNG(2)
     source, target = paper.parameters(), learned.parameters()
     for name in source:
@@ -187,7 +208,8 @@ def test_distances_beyond_clamp_len_count_as_clamp_len():
     tokens = rng.permutation(9)[None, :6]
     shuffled = tokens[:, [3, 1, 4, 0, 2, 5]]
     for clamp_len, alike in [(0, True), (2, False), (None, False)]:
-        model = txl.TransformerXL(dataclasses.replace(config, clamp_len=clamp_len), seed=4, dtype=numpy.float64)
+        model = txl.TransformerXL(dataclasses.replace(config, clamp_len=clamp_len), seed=4,
+                                  dtype=numpy.float64)
         last = [model(xp.asarray(t))[0].numpy()[0, -1] for t in (tokens, shuffled)]
         assert numpy.allclose(*last, rtol=1e-10) == alike
 
@@ -199,10 +221,12 @@ def test_attention_weights_are_scaled_by_the_square_root_of_the_head_width():
     attention = txl.RelativeMultiHeadAttention(config, rng, numpy.float64)
     eye = numpy.eye(4)
     for name, tensor in txl.named_tensors(attention):
-        tensor.data[...] = xp.asarray({"W_q": eye, "W_kv": numpy.hstack([eye, eye]), "W_o": eye}.get(name, 0))
+        tensor.data[...] = xp.asarray(
+            {"W_q": eye, "W_kv": numpy.hstack([eye, eye]), "W_o": eye}.get(name, 0))
     x = rng.normal(size=(1, 3, 4))
     positions = txl.relative_positions(config, 3, 0, numpy.float64)
-    out = attention(Tensor(xp.asarray(x)), Tensor(xp.zeros((1, 0, 4))), positions, txl.hidden_keys(3, 0))
+    out = attention(Tensor(xp.asarray(x)), Tensor(xp.zeros((1, 0, 4))), positions,
+                    txl.hidden_keys(3, 0))
     weights = softmax(Tensor(xp.asarray(x[0, 2] @ x[0].T / 2))).numpy()
     numpy.testing.assert_allclose(out.numpy()[0, 2], weights @ x[0], rtol=1e-12)
 
@@ -211,7 +235,8 @@ def test_attention_weights_are_scaled_by_the_square_root_of_the_head_width():
 
 @pytest.mark.parametrize("pre_norm", [True, False], ids=["pre-norm", "post-norm"])
 def test_layer_is_its_formula(pre_norm):
-    """x + f(norm(x)) twice, or the paper's norm(x + f(x)) twice; pre-norm normalises the memory like the segment."""
+    """x + f(norm(x)) twice, or the paper's norm(x + f(x)) twice; pre-norm normalises the memory
+    like the segment."""
     config = txl.Config(5, n_layer=1, n_head=2, d_model=8, d_ff=12, pre_norm=pre_norm)
     rng = RNG(6)
     layer = txl.Layer(config, rng, numpy.float64)

@@ -16,8 +16,9 @@ import pytest
 
 SCRIPT = pathlib.Path(__file__).resolve().parents[1] / "train_shakespeare.py"
 TEXT = "".join(f"Citizen {n % 7}:\nSpeak, speak; we are all resolved.\n\n" for n in range(80))
-SMALL = ["--n-layer", "1", "--n-head", "2", "--d-model", "16", "--d-ff", "16", "--seq-len", "16", "--mem-len", "16",
-         "--batch-size", "4", "--threads", "2", "--log-every", "5", "--eval-every", "10", "--lr", "1e-2"]
+SMALL = ["--n-layer", "1", "--n-head", "2", "--d-model", "16", "--d-ff", "16",
+         "--seq-len", "16", "--mem-len", "16", "--batch-size", "4", "--threads", "2",
+         "--log-every", "5", "--eval-every", "10", "--lr", "1e-2"]
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +30,9 @@ def folder(tmp_path_factory):
 
 def run(folder, *arguments, status=0, **options):
     """The finished process of the command in `folder`; its exit status must be `status`."""
-    done = subprocess.run([sys.executable, str(SCRIPT), *(a if isinstance(a, bytes) else str(a) for a in arguments)], cwd=folder,
-                          capture_output=True, text=True, timeout=60, **options)
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), *(a if isinstance(a, bytes) else str(a) for a in arguments)],
+        cwd=folder, capture_output=True, text=True, timeout=60, **options)
     assert done.returncode == status, done.stdout + done.stderr
     if status:
         assert len(done.stderr.splitlines()) == 1 and "Traceback" not in done.stderr, done.stderr
@@ -38,7 +40,8 @@ def run(folder, *arguments, status=0, **options):
 
 
 def trained(folder, name, steps, *more, status=0):
-    return run(folder, "--data", "text", "--out", name, "--steps", steps, *SMALL, *more, status=status)
+    return run(folder, "--data", "text", "--out", name, "--steps", steps, *SMALL, *more,
+               status=status)
 
 
 @pytest.fixture(scope="module")
@@ -58,49 +61,59 @@ def test_it_says_which_corpus_logs_every_few_steps_and_ends_with_three_figures(f
     _, out = finished
     assert f"corpus: text, {len(TEXT):,} characters, {len(set(TEXT))} different" in out
     for step in (5, 10, 15, 20, 25, 30):
-        assert re.search(rf"^step +{step}/30  loss \d\.\d+ .* lr \d.*norm \d.*tokens/s.*left$", out, re.M), step
+        assert re.search(rf"^step +{step}/30  loss \d\.\d+ .* lr \d.*norm \d.*tokens/s.*left$",
+                         out, re.M), step
     assert len(re.findall(r"  val \d\.\d+", out)) == 3
     nats, bits, perplexity = map(float, re.search(
-        r"validation loss (\S+) nats, (\S+) bits per character, perplexity (\S+) after 30 steps", out).groups())
-    assert bits == pytest.approx(nats / math.log(2), abs=1e-3) and perplexity == pytest.approx(math.exp(nats), rel=1e-3)
+        r"validation loss (\S+) nats, (\S+) bits per character, perplexity (\S+) after 30 steps",
+        out).groups())
+    assert bits == pytest.approx(nats / math.log(2), abs=1e-3)
+    assert perplexity == pytest.approx(math.exp(nats), rel=1e-3)
     assert nats < 2.8 < math.log(len(set(TEXT)))
     assert "\r" not in out and "\x1b" not in out
 
 
 def test_it_leaves_a_log_the_configuration_and_two_checkpoints(finished):
     path, _ = finished
-    assert sorted(file.name for file in path.iterdir()) == ["best.npz", "checkpoint.npz", "config.json", "log.csv"]
+    names = sorted(file.name for file in path.iterdir())
+    assert names == ["best.npz", "checkpoint.npz", "config.json", "log.csv"]
     with open(path / "log.csv") as file:
         rows = list(csv.DictReader(file))
     assert [int(row["step"]) for row in rows] == [5, 10, 15, 20, 25, 30]
     assert [bool(row["val_loss"]) for row in rows] == [False, True] * 3
     assert float(rows[-1]["loss"]) < float(rows[0]["loss"])
     config = json.loads((path / "config.json").read_text())
-    assert config["model"]["d_model"] == 16 and config["settings"]["steps"] == 30 and config["corpus"]["name"] == "text"
+    assert config["model"]["d_model"] == 16 and config["settings"]["steps"] == 30
+    assert config["corpus"]["name"] == "text"
     state = arrays(path / "checkpoint.npz")
-    assert {"adam/m", "adam/v", "adam/average", "memory/0/0", "memory/1/0", "parameters/embedding"} <= set(state)
+    assert {"adam/m", "adam/v", "adam/average", "memory/0/0", "memory/1/0",
+            "parameters/embedding"} <= set(state)
     assert json.loads(state["meta"].item())["step"] == 30
 
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_the_log_is_that_of_the_plain_loop(folder, threads):
-    """Forward, backward, clip, Adam, the next group's segment with the group's memory, empty where the text begins again. What is
-    evaluated and kept as the best is the average of the weights."""
+    """Forward, backward, clip, Adam, the next group's segment with the group's memory, empty
+    where the text begins again. What is evaluated and kept as the best is the average of the
+    weights."""
     import train_shakespeare as command
     import txl
     name = f"plain{threads}"
-    run(folder, "--data", "text", "--out", name, *SMALL, "--steps", "60", "--log-every", "1", "--eval-every", "30",
-        "--threads", threads)
+    run(folder, "--data", "text", "--out", name, *SMALL, "--steps", "60", "--log-every", "1",
+        "--eval-every", "30", "--threads", threads)
     with open(folder / name / "log.csv") as file:
         rows = list(csv.DictReader(file))
     log = [(float(row["loss"]), float(row["grad_norm"])) for row in rows]
     vocabulary = "".join(sorted(set(TEXT)))
     tokens = command.encode(TEXT, vocabulary)
     streams = command.Streams(tokens[:int(0.9 * len(tokens))], 4, 16, 16, seed=1)
-    assert streams.groups > 1 and 40 < streams.groups * streams.segments < 58        # the 60 steps reach a second epoch
-    model = txl.TransformerXL(txl.Config(len(vocabulary), n_layer=1, n_head=2, d_model=16, d_ff=16, mem_len=16,
-                                          activation="squared_relu"), seed=1)
-    adam = txl.Adam(model.parameters(), betas=(0.9, 0.99), weight_decay=0.1, clip=1.0, average_over=100)
+    # the 60 steps reach a second epoch
+    assert streams.groups > 1 and 40 < streams.groups * streams.segments < 58
+    config = txl.Config(len(vocabulary), n_layer=1, n_head=2, d_model=16, d_ff=16, mem_len=16,
+                        activation="squared_relu")
+    model = txl.TransformerXL(config, seed=1)
+    adam = txl.Adam(model.parameters(), betas=(0.9, 0.99), weight_decay=0.1, clip=1.0,
+                    average_over=100)
     memories = [None] * streams.groups
     for step in range(60):
         x, y, group, fresh = streams.segment(step)
@@ -125,16 +138,21 @@ def test_a_run_is_not_overwritten_unless_asked(folder, finished):
     trained(folder, "again", 5, "--overwrite")
 
 
-@pytest.mark.parametrize("options, at", [([], 15), (["--positions", "learned", "--dropout", "0.2"], 15), (["--batch-size", "1"], 5)],
-                         ids=["sinusoid", "learned, dropout", "before every group of streams had its turn"])
+@pytest.mark.parametrize(
+    "options, at",
+    [([], 15), (["--positions", "learned", "--dropout", "0.2"], 15), (["--batch-size", "1"], 5)],
+    ids=["sinusoid", "learned, dropout", "before every group of streams had its turn"])
 def test_an_interrupted_run_resumed_ends_with_the_bits_of_an_uninterrupted_one(folder, options, at):
     name = f"resumed{len(options)}"
     trained(folder, name + "-whole", 60, *options)
-    process = subprocess.Popen([sys.executable, str(SCRIPT), "--data", "text", "--out", name, "--steps", "60", *SMALL, *options],
-                               cwd=folder, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPT), "--data", "text", "--out", name, "--steps", "60",
+         *SMALL, *options],
+        cwd=folder, stdout=subprocess.PIPE, text=True, start_new_session=True)
     for line in process.stdout:
         if line.startswith(f"step {at:5}/"):
-            os.killpg(process.pid, signal.SIGINT)       # Ctrl-C reaches every process of the terminal
+            # Ctrl-C reaches every process of the terminal
+            os.killpg(process.pid, signal.SIGINT)
             break
     rest = process.stdout.read()
     assert process.wait(timeout=20) == 130 and "--resume continues" in rest
@@ -147,14 +165,16 @@ def test_an_interrupted_run_resumed_ends_with_the_bits_of_an_uninterrupted_one(f
     for key in whole:
         numpy.testing.assert_array_equal(whole[key], resumed[key], err_msg=key)
     assert metas[0]["best"] == metas[1]["best"] and metas[0]["step"] == metas[1]["step"] == 60
-    logs = [[row[:5] for row in meta["log"]] for meta in metas]            # all but tokens/s and seconds
+    logs = [[row[:5] for row in meta["log"]] for meta in metas]  # all but tokens/s and seconds
     assert logs[0] == logs[1]
 
 
 @pytest.mark.parametrize("kill", [os.kill, os.killpg], ids=["the process", "its group"])
 def test_sigterm_writes_the_checkpoint_and_ends_with_143(folder, kill):
-    process = subprocess.Popen([sys.executable, str(SCRIPT), "--data", "text", "--out", "term", "--overwrite", "--steps", "100000",
-                                *SMALL], cwd=folder, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPT), "--data", "text", "--out", "term", "--overwrite",
+         "--steps", "100000", *SMALL],
+        cwd=folder, stdout=subprocess.PIPE, text=True, start_new_session=True)
     for line in process.stdout:
         if line.startswith("step     5"):
             break
@@ -166,8 +186,10 @@ def test_sigterm_writes_the_checkpoint_and_ends_with_143(folder, kill):
 
 
 def test_a_second_ctrl_c_stops_at_once_and_leaves_no_process(folder):
-    process = subprocess.Popen([sys.executable, str(SCRIPT), "--data", "text", "--out", "twice", "--steps", "100000", *SMALL],
-                               cwd=folder, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPT), "--data", "text", "--out", "twice", "--steps", "100000",
+         *SMALL],
+        cwd=folder, stdout=subprocess.PIPE, text=True, start_new_session=True)
     for line in process.stdout:
         if line.startswith("step     5"):
             break
@@ -175,49 +197,57 @@ def test_a_second_ctrl_c_stops_at_once_and_leaves_no_process(folder):
     while process.poll() is None:
         os.killpg(process.pid, signal.SIGINT)
     assert process.returncode in (-signal.SIGINT, 130) and time.monotonic() - began < 2
-    process.stdout.read()                               # ends when the last process that could write to it has ended
+    process.stdout.read()       # ends when the last process that could write to it has ended
     assert time.monotonic() - began < 3
 
 
 def test_a_full_disk_leaves_the_checkpoint_before_intact_and_says_so(folder):
-    """As a limit on the size of files, which a checkpoint exceeds in the middle of being written."""
+    """As a limit on the size of files, which a checkpoint exceeds while it is being written."""
     import resource
     trained(folder, "full", 10)
     before = (folder / "full" / "checkpoint.npz").read_bytes()
     limit = len(before) // 2
     answer = run(folder, "--data", "text", "--out", "full", "--resume", "--steps", "20", status=1,
                  preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
-    assert "cannot write full/checkpoint.npz" in answer.stderr and "the one before it is intact" in answer.stderr
+    assert "cannot write full/checkpoint.npz" in answer.stderr
+    assert "the one before it is intact" in answer.stderr
     assert (folder / "full" / "checkpoint.npz").read_bytes() == before
-    assert sorted(file.name for file in (folder / "full").iterdir()) == ["best.npz", "checkpoint.npz", "config.json", "log.csv"]
+    names = sorted(file.name for file in (folder / "full").iterdir())
+    assert names == ["best.npz", "checkpoint.npz", "config.json", "log.csv"]
     run(folder, "--data", "text", "--out", "full", "--resume", "--steps", "20")
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_output_that_cannot_be_written_does_not_end_training(folder):
     with open("/dev/full", "w") as full:
-        done = subprocess.run([sys.executable, str(SCRIPT), "--data", "text", "--out", "unheard", "--steps", "10", *SMALL],
-                              cwd=folder, stdout=full, stderr=subprocess.PIPE, timeout=60)
+        done = subprocess.run(
+            [sys.executable, str(SCRIPT), "--data", "text", "--out", "unheard", "--steps", "10",
+             *SMALL],
+            cwd=folder, stdout=full, stderr=subprocess.PIPE, timeout=60)
     assert done.returncode == 0 and (folder / "unheard" / "best.npz").exists()
 
 
 def test_a_name_of_two_lines_is_told_in_one(folder):
     (folder / "two\nlines").write_bytes(b"\xff")
-    assert "two lines is not UTF-8" in run(folder, "--data", "two\nlines", "--out", "unused", status=1).stderr
+    answer = run(folder, "--data", "two\nlines", "--out", "unused", status=1)
+    assert "two lines is not UTF-8" in answer.stderr
 
 
 def test_resume_refuses_what_would_make_another_run(folder, finished):
-    assert "--d-model 16, not 32" in run(folder, "--data", "text", "--out", "run", "--resume", "--d-model", "32",
-                                         status=2).stderr
+    answer = run(folder, "--data", "text", "--out", "run", "--resume", "--d-model", "32", status=2)
+    assert "--d-model 16, not 32" in answer.stderr
     (folder / "other").write_text(TEXT + "more")
-    assert "reads text" in run(folder, "--data", "other", "--out", "run", "--resume", status=2).stderr
-    assert "nothing to resume" in run(folder, "--data", "text", "--out", "nowhere", "--resume", status=1).stderr
+    answer = run(folder, "--data", "other", "--out", "run", "--resume", status=2)
+    assert "reads text" in answer.stderr
+    answer = run(folder, "--data", "text", "--out", "nowhere", "--resume", status=1)
+    assert "nothing to resume" in answer.stderr
 
 
 def test_a_finished_run_is_resumed_only_for_more_steps(folder, finished):
     before = (folder / "run" / "checkpoint.npz").read_bytes()
     answer = run(folder, "--data", "text", "--out", "run", "--resume").stdout
-    assert answer.splitlines() == ["the run in run is at step 30 already; --steps N with a larger N trains on"]
+    assert answer.splitlines() == [
+        "the run in run is at step 30 already; --steps N with a larger N trains on"]
     assert (folder / "run" / "checkpoint.npz").read_bytes() == before
 
 
@@ -235,14 +265,16 @@ def test_learned_positions_have_a_vector_for_every_distance_met_in_training(fold
 
 def test_resume_may_train_longer(folder):
     trained(folder, "longer", 10)
-    out = run(folder, "--data", "text", "--out", "longer", "--resume", "--steps", "15", "--threads", "1").stdout
+    out = run(folder, "--data", "text", "--out", "longer", "--resume", "--steps", "15",
+              "--threads", "1").stdout
     assert "resumed at step 10" in out and "step    15/15" in out
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_does_not(folder):
     for name, seed in (("seed-a", 5), ("seed-b", 5), ("seed-c", 6)):
         trained(folder, name, 5, "--seed", seed, "--dropout", "0.1")
-    a, b, c = (arrays(folder / f"seed-{x}" / "checkpoint.npz")["parameters/embedding"] for x in "abc")
+    a, b, c = (arrays(folder / f"seed-{x}" / "checkpoint.npz")["parameters/embedding"]
+               for x in "abc")
     assert (a == b).all() and (a != c).any()
 
 
@@ -254,22 +286,29 @@ def test_a_checkpoint_that_is_none_or_only_half_of_one_is_refused_in_one_line(fo
         change(meta, state)
         with open(folder / name / "checkpoint.npz", "wb") as file:
             numpy.savez(file, meta=numpy.array(json.dumps(meta)), **state)
-        return run(folder, "--data", "text", "--out", name, "--resume", "--steps", "40", status=1).stderr
+        return run(folder, "--data", "text", "--out", name, "--resume", "--steps", "40",
+                   status=1).stderr
     assert "format version 1" in spoiled("version", lambda meta, state: meta.update(version=1))
     assert "cannot be resumed from" in spoiled("no-log", lambda meta, state: meta.pop("log"))
     assert "cannot be resumed from" in spoiled("no-adam", lambda meta, state: state.pop("adam/m"))
-    assert "settings are missing" in spoiled("settings", lambda meta, state: meta["settings"].pop("lr"))
+    assert "settings are missing" in spoiled(
+        "settings", lambda meta, state: meta["settings"].pop("lr"))
     assert "vocabulary" in spoiled("vocabulary", lambda meta, state: meta.update(vocabulary="ab"))
-    assert "are not those of its model" in spoiled("parameter", lambda meta, state: state.pop("parameters/b_out"))
-    assert "embedding is missing or has the wrong shape" in spoiled("shape", lambda meta, state: state.update(
-        {"parameters/embedding": state["parameters/embedding"].T}))
-    assert "its model is not that of its settings" in spoiled("layers", lambda meta, state: meta["settings"].update(n_layer=7))
-    assert "not finite" in spoiled("nan", lambda meta, state: state["parameters/b_out"].fill(numpy.nan))
+    assert "are not those of its model" in spoiled(
+        "parameter", lambda meta, state: state.pop("parameters/b_out"))
+    assert "embedding is missing or has the wrong shape" in spoiled(
+        "shape", lambda meta, state: state.update(
+            {"parameters/embedding": state["parameters/embedding"].T}))
+    assert "its model is not that of its settings" in spoiled(
+        "layers", lambda meta, state: meta["settings"].update(n_layer=7))
+    assert "not finite" in spoiled(
+        "nan", lambda meta, state: state["parameters/b_out"].fill(numpy.nan))
     pickled = folder / "pickled"
     pickled.mkdir(exist_ok=True)
     with open(pickled / "checkpoint.npz", "wb") as file:
         numpy.savez(file, meta=numpy.array([{"version": 2}], dtype=object))
-    assert "not a checkpoint" in run(folder, "--data", "text", "--out", "pickled", "--resume", status=1).stderr
+    answer = run(folder, "--data", "text", "--out", "pickled", "--resume", status=1)
+    assert "not a checkpoint" in answer.stderr
 
 
 def test_overwriting_a_run_leaves_nothing_of_the_old_one(folder):
@@ -281,14 +320,16 @@ def test_overwriting_a_run_leaves_nothing_of_the_old_one(folder):
 # %% A trained model
 
 def test_a_memory_longer_than_the_text_is_evaluated_with_what_there_is(folder, finished):
-    longer, whole = (run(folder, "--data", "text", "--out", "run", "--eval", "--eval-mem-len", M).stdout.split()[-4]
+    longer, whole = (run(folder, "--data", "text", "--out", "run", "--eval",
+                         "--eval-mem-len", M).stdout.split()[-4]
                      for M in (10**9 - 1, len(TEXT)))
     assert longer == whole
 
 
 def test_a_closed_output_is_no_error(folder, finished):
-    done = subprocess.run(f"'{sys.executable}' '{SCRIPT}' --data text --out run --eval --eval-mem-len 16 >&-", shell=True,
-                          cwd=folder, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        f"'{sys.executable}' '{SCRIPT}' --data text --out run --eval --eval-mem-len 16 >&-",
+        shell=True, cwd=folder, stderr=subprocess.PIPE, text=True)
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -296,29 +337,35 @@ def test_eval_gives_the_loss_of_the_best_checkpoint(folder, finished):
     _, out = finished
     best = min(float(value) for value in re.findall(r"  val (\d\.\d+)", out))
     def table(*options):
-        lines = run(folder, "--data", "text", "--out", "run", "--eval", *options).stdout.splitlines()[2:]
-        return {int(line.split()[0]): [float(figure.replace(",", "")) for figure in line.split()[1:]] for line in lines}
+        lines = run(folder, "--data", "text", "--out", "run", "--eval",
+                    *options).stdout.splitlines()[2:]
+        return {int(line.split()[0]): [float(figure.replace(",", ""))
+                                       for figure in line.split()[1:]] for line in lines}
     rows = table()
-    assert list(rows) == [0, 8, 16, 32, 64]             # 0, 1/2, 1, 2 and 4 times the trained length
+    assert list(rows) == [0, 8, 16, 32, 64]     # 0, 1/2, 1, 2 and 4 times the trained length
     assert rows[16][0] == pytest.approx(best, abs=2e-4)
     for nats, bits, perplexity, speed in rows.values():
-        assert bits == pytest.approx(nats / math.log(2), abs=1e-3) and perplexity == pytest.approx(math.exp(nats), rel=1e-3)
+        assert bits == pytest.approx(nats / math.log(2), abs=1e-3)
+        assert perplexity == pytest.approx(math.exp(nats), rel=1e-3)
         assert speed > 0
     assert list(table("--eval-mem-len", "5")) == [5]
 
 
 def test_generate_continues_the_text_and_repeats_with_the_seed(folder, finished):
     def text(*options):
-        return run(folder, "--out", "run", "--generate", "Citizen", "--length", "60", *options).stdout
+        return run(folder, "--out", "run", "--generate", "Citizen", "--length", "60",
+                   *options).stdout
     first = text("--seed", "3")
     assert first.startswith("Citizen") and len(first) == 7 + 60 + 1
     assert first == text("--seed", "3") != text("--seed", "4")
-    assert text("--temperature", "0") == text("--top-k", "1") == text("--top-p", "1e-9") == text("--temperature", "1e-320")
+    assert (text("--temperature", "0") == text("--top-k", "1") == text("--top-p", "1e-9")
+            == text("--temperature", "1e-320"))
 
 
 def test_eval_on_a_text_with_characters_the_model_never_saw_is_one_line(folder, finished):
     (folder / "strange").write_text(TEXT + "ü")
-    assert "never saw 'ü'" in run(folder, "--data", "strange", "--out", "run", "--eval", status=2).stderr
+    answer = run(folder, "--data", "strange", "--out", "run", "--eval", status=2)
+    assert "never saw 'ü'" in answer.stderr
 
 
 def test_the_last_line_names_a_prompt_that_the_model_can_read(folder, finished):
@@ -332,7 +379,8 @@ def test_the_last_line_names_a_prompt_that_the_model_can_read(folder, finished):
 
 
 def test_generate_lists_characters_the_model_never_saw(folder, finished):
-    assert "never saw '#', 'é'" in run(folder, "--out", "run", "--generate", "Cit#é", status=2).stderr
+    answer = run(folder, "--out", "run", "--generate", "Cit#é", status=2)
+    assert "never saw '#', 'é'" in answer.stderr
     assert "never saw" in run(folder, "--out", "run", "--generate", b"\xff", status=2).stderr
 
 
@@ -340,7 +388,8 @@ def test_plot_draws_two_pictures_or_says_that_matplotlib_is_missing(folder, fini
     environment = dict(os.environ, PYTHONPATH=str(folder / "without"))
     (folder / "without").mkdir()
     (folder / "without" / "matplotlib.py").write_text("raise ImportError")
-    assert "pip install matplotlib" in run(folder, "--out", "run", "--plot", env=environment, status=1).stderr
+    answer = run(folder, "--out", "run", "--plot", env=environment, status=1)
+    assert "pip install matplotlib" in answer.stderr
     try:
         import matplotlib
     except ImportError:
@@ -395,28 +444,31 @@ def test_a_machine_without_a_gpu_gets_one_sentence(folder):
     (folder / "no-cupy").mkdir(exist_ok=True)
     (folder / "no-cupy" / "cupy.py").write_text("raise ImportError")
     environment = dict(os.environ, PYTHONPATH=str(folder / "no-cupy"))
-    answer = run(folder, "--device", "gpu", "--data", "text", "--out", "unused", env=environment, status=1).stderr
+    answer = run(folder, "--device", "gpu", "--data", "text", "--out", "unused",
+                 env=environment, status=1).stderr
     assert "pip install" in answer and "cupy-cuda13x" in answer
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(folder):
     trained(folder, "diverged", 10)
     state = arrays(folder / "diverged" / "checkpoint.npz")
-    state["adam/m"][...] = 3e38                                           # the next update is infinite
+    state["adam/m"][...] = 3e38         # the next update is infinite
     with open(folder / "diverged" / "checkpoint.npz", "wb") as file:
         numpy.savez(file, **state)
     before = (folder / "diverged" / "checkpoint.npz").read_bytes()
-    answer = run(folder, "--data", "text", "--out", "diverged", "--resume", "--steps", "30", status=1, env={
-        **os.environ, "PYTHONWARNINGS": "ignore"}).stderr
+    answer = run(folder, "--data", "text", "--out", "diverged", "--resume", "--steps", "30",
+                 status=1, env={**os.environ, "PYTHONWARNINGS": "ignore"}).stderr
     assert "not finite at step 15" in answer and "lower --lr" in answer
     assert (folder / "diverged" / "checkpoint.npz").read_bytes() == before
 
 
 def test_weights_that_are_not_finite_are_not_saved(folder):
     """The loss of the last step is that before its update."""
-    answer = run(folder, "--data", "text", "--out", "infinite", *SMALL, "--steps", "1", "--lr", "1e39", status=1).stderr
+    answer = run(folder, "--data", "text", "--out", "infinite", *SMALL, "--steps", "1",
+                 "--lr", "1e39", status=1).stderr
     assert "not finite at step 1" in answer
-    assert not (folder / "infinite" / "checkpoint.npz").exists() and not (folder / "infinite" / "best.npz").exists()
+    assert not (folder / "infinite" / "checkpoint.npz").exists()
+    assert not (folder / "infinite" / "best.npz").exists()
 
 
 @pytest.mark.parametrize("name", ["best.npz", "log.csv", "config.json"])
@@ -430,8 +482,9 @@ def test_a_single_file_of_a_run_is_not_overwritten_either(folder, name):
 
 
 def test_training_goes_on_when_nobody_reads_its_output_any_more(folder):
-    process = subprocess.Popen([sys.executable, str(SCRIPT), "--data", "text", "--out", "piped", "--steps", "40", *SMALL],
-                               cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPT), "--data", "text", "--out", "piped", "--steps", "40", *SMALL],
+        cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.readline()
     process.stdout.close()
     assert process.wait(timeout=30) == 0 and process.stderr.read() == ""
@@ -440,8 +493,10 @@ def test_training_goes_on_when_nobody_reads_its_output_any_more(folder):
 
 def test_help_shows_every_option_with_its_default(folder):
     out = run(folder, "--help").stdout
-    for option in ("--device", "--data", "--out", "--resume", "--steps", "--batch-size", "--seq-len", "--mem-len",
-                   "--eval-mem-len", "--n-layer", "--n-head", "--d-model", "--d-ff", "--dropout", "--lr", "--weight-decay",
-                   "--seed", "--threads", "--eval", "--generate", "--length", "--temperature", "--top-k", "--top-p", "--plot"):
+    for option in ("--device", "--data", "--out", "--resume", "--steps", "--batch-size",
+                   "--seq-len", "--mem-len", "--eval-mem-len", "--n-layer", "--n-head",
+                   "--d-model", "--d-ff", "--dropout", "--lr", "--weight-decay", "--seed",
+                   "--threads", "--eval", "--generate", "--length", "--temperature", "--top-k",
+                   "--top-p", "--plot"):
         assert option in out
     assert "default: 64" in out and "default: 0.003" in out

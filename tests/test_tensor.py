@@ -1,4 +1,5 @@
-"""The engine: what a Tensor is, how the graph is built, walked and released, and what its errors say."""
+"""The engine: what a Tensor is, how the graph is built, walked and released, and what its
+errors say."""
 import copy
 import gc
 import math
@@ -22,14 +23,17 @@ def leaf(values, dtype=numpy.float64):
 def test_results_are_numpys():
     a, b = numpy.array([[1.0, -2.0], [3.0, 0.5]]), numpy.array([2.0, 4.0])
     x, y = Tensor(xp.asarray(a)), Tensor(xp.asarray(b))
-    for ours, expected in [(x + y, a + b), (x - y, a - b), (y - x, b - a), (x * y, a * b), (x / y, a / b), (y / x, b / a),
-                           (y ** x, b ** a), (x @ y, a @ b), (x @ x, a @ a), (-x, -a), (2 - x, 2 - a), (1 / x, 1 / a),
-                           (x ** 2, a ** 2), (2 ** x, 2 ** a), (x[0], a[0]), (x[:, 1], a[:, 1]), (x.T, a.T),
-                           (x.sum(), a.sum()), (x.mean(axis=0), a.mean(axis=0)), (x.max(axis=-1), a.max(axis=-1)),
-                           (x.reshape(4), a.reshape(4)), (x.transpose((1, 0)), a.T), (x.swapaxes(0, 1), a.T), (autograd.relu(x), numpy.maximum(a, 0)),
-                           (autograd.squared_relu(x), numpy.where(a > 0, a * a, 0)),
-                           (autograd.sigmoid(x), 1 / (1 + numpy.exp(-a))), (autograd.log(y), numpy.log(b)),
-                           (autograd.softmax(x), numpy.exp(a) / numpy.exp(a).sum(-1, keepdims=True))]:
+    for ours, expected in [
+            (x + y, a + b), (x - y, a - b), (y - x, b - a), (x * y, a * b), (x / y, a / b),
+            (y / x, b / a), (y ** x, b ** a), (x @ y, a @ b), (x @ x, a @ a), (-x, -a),
+            (2 - x, 2 - a), (1 / x, 1 / a), (x ** 2, a ** 2), (2 ** x, 2 ** a), (x[0], a[0]),
+            (x[:, 1], a[:, 1]), (x.T, a.T), (x.sum(), a.sum()),
+            (x.mean(axis=0), a.mean(axis=0)), (x.max(axis=-1), a.max(axis=-1)),
+            (x.reshape(4), a.reshape(4)), (x.transpose((1, 0)), a.T), (x.swapaxes(0, 1), a.T),
+            (autograd.relu(x), numpy.maximum(a, 0)),
+            (autograd.squared_relu(x), numpy.where(a > 0, a * a, 0)),
+            (autograd.sigmoid(x), 1 / (1 + numpy.exp(-a))), (autograd.log(y), numpy.log(b)),
+            (autograd.softmax(x), numpy.exp(a) / numpy.exp(a).sum(-1, keepdims=True))]:
         numpy.testing.assert_allclose(ours.numpy(), expected, rtol=1e-12)
 
 
@@ -42,10 +46,12 @@ def test_an_array_on_the_left_of_an_operator_leaves_the_work_to_the_tensor():
 @pytest.mark.parametrize("dtype", [numpy.float32, numpy.float64])
 def test_a_float_dtype_survives_numbers_and_integers(dtype):
     x = leaf([1.0, 2.0], dtype)
-    for y in (x + 1, 1 + x, x * 0.5, 2.0 / x, x ** 2, 2 ** x, x - numpy.float64(0.1), x * numpy.float32(0.1), x + True,
-              x * xp.asarray([1, 2]), xp.asarray([1, 2]) * x, x * Tensor(xp.asarray([3, 4])), x.mean(), x.sum() * 2.0,
-              autograd.softmax(x), autograd.softmax(x, xp.asarray([True, False])), autograd.gelu(x),
-              autograd.dropout(x, 0.5, xp.random.default_rng(0)), autograd.where(xp.asarray([True, False]), x, 0.0)):
+    for y in (x + 1, 1 + x, x * 0.5, 2.0 / x, x ** 2, 2 ** x, x - numpy.float64(0.1),
+              x * numpy.float32(0.1), x + True, x * xp.asarray([1, 2]), xp.asarray([1, 2]) * x,
+              x * Tensor(xp.asarray([3, 4])), x.mean(), x.sum() * 2.0, autograd.softmax(x),
+              autograd.softmax(x, xp.asarray([True, False])), autograd.gelu(x),
+              autograd.dropout(x, 0.5, xp.random.default_rng(0)),
+              autograd.where(xp.asarray([True, False]), x, 0.0)):
         y.backward(xp.ones_like(y.data))
         assert y.dtype == dtype and x.grad.dtype == dtype
         x.grad = None
@@ -61,7 +67,8 @@ def test_numbers_booleans_and_integers_where_arrays_are_expected():
     assert (0.5 ** Tensor([1, 2])).numpy().tolist() == [0.5, 0.25]
     assert autograd.add(1, 2).item() == 3 and autograd.exp(0).item() == 1.0
     x, y = leaf([1.0, 2.0]), leaf([3.0, 4.0])
-    for condition, grads in [(True, ([1, 1], [0, 0])), ([True, False], ([1, 0], [0, 1])), (xp.asarray([0, 7]), ([0, 1], [1, 0]))]:
+    for condition, grads in [(True, ([1, 1], [0, 0])), ([True, False], ([1, 0], [0, 1])),
+                             (xp.asarray([0, 7]), ([0, 1], [1, 0]))]:
         x.grad = y.grad = None
         autograd.where(condition, x, y).sum().backward()
         assert (to_numpy(x.grad).tolist(), to_numpy(y.grad).tolist()) == grads
@@ -84,7 +91,8 @@ def test_dropout_with_a_probability_of_numpys_keeps_float32():
 
 @pytest.mark.parametrize("rows, dtype", [(256, "uint8"), (200, "int8")])
 def test_the_ids_of_an_embedding_may_have_any_integer_dtype(rows, dtype):
-    """Also one that cannot hold the number of rows; negative ones count from the end, as in NumPy."""
+    """Also one that cannot hold the number of rows; negative ones count from the end, as in
+    NumPy."""
     table = leaf(numpy.arange(2.0 * rows).reshape(rows, 2))
     ids = numpy.array([3, -1 if dtype == "int8" else 255, 3], dtype=dtype)
     autograd.embedding(table, xp.asarray(ids)).sum().backward()
@@ -106,7 +114,8 @@ def test_softmax_sigmoid_and_cross_entropy_are_stable():
         y = autograd.sigmoid(x * 1.0)
     assert loss.item() == pytest.approx((2e4 + numpy.log(3)) / 2, rel=1e-6)
     assert numpy.isfinite(to_numpy(x.grad)).all() and numpy.isfinite(y.numpy()).all()
-    numpy.testing.assert_allclose(autograd.softmax(x).numpy(), [[1, 0, 0], [1 / 3, 1 / 3, 1 / 3]], rtol=1e-6)
+    numpy.testing.assert_allclose(autograd.softmax(x).numpy(),
+                                  [[1, 0, 0], [1 / 3, 1 / 3, 1 / 3]], rtol=1e-6)
 
 
 def test_softmax_gives_hidden_keys_no_weight_and_a_hidden_row_zeros():
@@ -200,7 +209,8 @@ def test_the_graph_holds_the_arrays_that_gradients_need_and_backward_frees_them(
     x = leaf(numpy.ones(3))
     y = x + 1.0
     z = autograd.exp(y)
-    unneeded, needed = weakref.ref(y.data), weakref.ref(z.data)      # the gradient of exp is its value
+    # the gradient of exp is its value
+    unneeded, needed = weakref.ref(y.data), weakref.ref(z.data)
     loss = z.sum()
     del y, z
     assert unneeded() is None and needed() is not None
@@ -209,11 +219,12 @@ def test_the_graph_holds_the_arrays_that_gradients_need_and_backward_frees_them(
     numpy.testing.assert_allclose(to_numpy(x.grad), math.e ** 2)
 
 
-@pytest.mark.parametrize("f", [lambda x: x.reshape(4), lambda x: x.T, lambda x: x[0], lambda x: x.astype(numpy.float64),
-                               lambda x: x.mean(axis=0), lambda x: autograd.pad(x, ((1, 0), (0, 0))), lambda x: x + x,
-                               lambda x: x @ xp.ones((2, 2)), lambda x: autograd.concatenate([x, x]), autograd.relu,
-                               autograd.softmax, autograd.normalise,
-                               lambda x: autograd.cross_entropy(x, [0, 1]), lambda x: autograd.embedding(x, [0, 1, 1])])
+@pytest.mark.parametrize("f", [
+    lambda x: x.reshape(4), lambda x: x.T, lambda x: x[0], lambda x: x.astype(numpy.float64),
+    lambda x: x.mean(axis=0), lambda x: autograd.pad(x, ((1, 0), (0, 0))), lambda x: x + x,
+    lambda x: x @ xp.ones((2, 2)), lambda x: autograd.concatenate([x, x]), autograd.relu,
+    autograd.softmax, autograd.normalise, lambda x: autograd.cross_entropy(x, [0, 1]),
+    lambda x: autograd.embedding(x, [0, 1, 1])])
 def test_an_operation_keeps_no_operand_that_its_gradient_does_not_need(f):
     x = leaf(numpy.ones((2, 2)))
     y = x * 2.0
@@ -245,7 +256,8 @@ def test_a_result_may_become_a_leaf_and_a_leaf_may_get_another_array():
 
 
 def test_a_graph_that_is_dropped_needs_no_garbage_collector():
-    """Closures hold arrays, never the Tensor they belong to: reference counts free everything at once."""
+    """Closures hold arrays, never the Tensor they belong to: reference counts free everything
+    at once."""
     gc.disable()
     try:
         y = autograd.softmax(leaf(numpy.ones((2, 3))) @ leaf(numpy.ones((3, 2))))
@@ -315,14 +327,16 @@ def test_sigmoid_keeps_its_digits_far_below_zero():
 
 def test_backward_of_a_non_scalar_needs_a_gradient_of_its_shape():
     y = leaf([[1.0, 2.0]]) * 2
-    with pytest.raises(ValueError, match=r"shape \[1, 2\]; give its gradient, or call it on a single number"):
+    message = r"shape \[1, 2\]; give its gradient, or call it on a single number"
+    with pytest.raises(ValueError, match=message):
         y.backward()
     with pytest.raises(ValueError, match=r"gradient of shape \[2\] for a result of shape \[1, 2\]"):
         y.backward(xp.ones(2))
 
 
 def test_backward_without_anything_to_differentiate():
-    with pytest.raises(RuntimeError, match="nothing this value was computed from requires a gradient"):
+    with pytest.raises(RuntimeError,
+                       match="nothing this value was computed from requires a gradient"):
         (Tensor([1.0]) * 2).sum().backward()
     with no_grad():
         y = leaf([1.0]).sum()
@@ -332,7 +346,8 @@ def test_backward_without_anything_to_differentiate():
 
 @pytest.mark.parametrize("error, message, compute", [
     (ValueError, r"add\(float64\[2\], float64\[3\]\)", lambda: leaf([1, 2]) + leaf([1, 2, 3])),
-    (ValueError, r"matmul\(float64\[2, 3\], float64\[2, 3\]\)", lambda: leaf(numpy.ones((2, 3))) @ leaf(numpy.ones((2, 3)))),
+    (ValueError, r"matmul\(float64\[2, 3\], float64\[2, 3\]\)",
+     lambda: leaf(numpy.ones((2, 3))) @ leaf(numpy.ones((2, 3)))),
     (ValueError, r"matmul\(float64\[2\], 3.0\)", lambda: leaf([1, 2]) @ 3.0),
     (ValueError, r"reshape\(float64\[3\], \(2, 2\)\)", lambda: leaf([1, 2, 3]).reshape(2, 2)),
     (ValueError, r"concatenate\(\[float64\[1, 2\], float64\[1, 3\]\]\)",
@@ -345,13 +360,17 @@ def test_backward_without_anything_to_differentiate():
      lambda: autograd.cross_entropy(leaf(numpy.ones((2, 3))), xp.asarray([0, 1, 2]))),
     (ValueError, r"layer_norm\(float64\[2, 3\], float64\[2\], float64\[2\]\)",
      lambda: autograd.layer_norm(leaf(numpy.ones((2, 3))), leaf([1, 1]), leaf([0, 0]))),
-    (ValueError, r"pad\(float64\[2, 1\].*1 pairs of widths for 2 axes", lambda: autograd.pad(leaf([[1], [2]]), [(1, 1)])),
-    (TypeError, r"linear\(float64\[1, 2, 1\].*float32 in front of float64", lambda: autograd.linear(
-        leaf([[[1], [2]]]), leaf([[1]]), leaf([0]), before=xp.zeros((1, 3, 1), dtype=numpy.float32))),
-    (ValueError, r"linear\(float64\[1, 1\].*gain and shift are given together", lambda: autograd.linear(
-        leaf([[1]]), leaf([[1]]), leaf([0]), shift=leaf([0]))),
-    (IndexError, r"transpose\(float64\[1, 2\], \(0, 3\)\)", lambda: autograd.transpose(leaf([[1, 2]]), (0, 3))),
-    (ValueError, r"dropout\(float64\[2\].*p must be in \[0, 1\)", lambda: autograd.dropout(leaf([1, 2]), 1.0, None)),
+    (ValueError, r"pad\(float64\[2, 1\].*1 pairs of widths for 2 axes",
+     lambda: autograd.pad(leaf([[1], [2]]), [(1, 1)])),
+    (TypeError, r"linear\(float64\[1, 2, 1\].*float32 in front of float64",
+     lambda: autograd.linear(leaf([[[1], [2]]]), leaf([[1]]), leaf([0]),
+                             before=xp.zeros((1, 3, 1), dtype=numpy.float32))),
+    (ValueError, r"linear\(float64\[1, 1\].*gain and shift are given together",
+     lambda: autograd.linear(leaf([[1]]), leaf([[1]]), leaf([0]), shift=leaf([0]))),
+    (IndexError, r"transpose\(float64\[1, 2\], \(0, 3\)\)",
+     lambda: autograd.transpose(leaf([[1, 2]]), (0, 3))),
+    (ValueError, r"dropout\(float64\[2\].*p must be in \[0, 1\)",
+     lambda: autograd.dropout(leaf([1, 2]), 1.0, None)),
 ], ids=lambda value: value if isinstance(value, str) else "")
 def test_an_error_names_the_operation_and_the_shapes(error, message, compute):
     with pytest.raises(error, match=message):

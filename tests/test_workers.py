@@ -1,4 +1,5 @@
-"""Workers: a function for several parts at once, in processes that share what is meant to be shared."""
+"""Workers: a function for several parts at once, in processes that share what is meant to be
+shared."""
 import os
 import signal
 
@@ -8,13 +9,15 @@ import pytest
 from autograd import Tensor, leaf_gradients, shared_zeros, tanh, to_numpy, xp
 from train_shakespeare import Failure, Workers
 
-pytestmark = pytest.mark.skipif(xp.module is not numpy, reason="a GPU takes the whole batch at once")
+pytestmark = pytest.mark.skipif(xp.module is not numpy,
+                                reason="a GPU takes the whole batch at once")
 
 
 def gradient_by_parts(parts):
     """(loss, gradient) of a small sum of squares whose rows are divided among workers."""
     rng = numpy.random.default_rng(0)
-    data, w = xp.asarray(rng.normal(size=(12, 3))), Tensor(xp.asarray(rng.normal(size=(3, 2))), requires_grad=True)
+    data = xp.asarray(rng.normal(size=(12, 3)))
+    w = Tensor(xp.asarray(rng.normal(size=(3, 2))), requires_grad=True)
     gradients = shared_zeros((len(parts), 3, 2), numpy.float64)
 
     def work(part):
