@@ -34,7 +34,7 @@ import numpy
 import autograd
 import txl
 from autograd import leaf_gradients, no_grad, xp
-from train_shakespeare import Workers, keep_freed_memory, row_parts
+from backend import Workers, keep_freed_memory, row_parts
 
 CONFIGS = {
     "labml": dict(vocab=65, d_model=128, n_head=4, d_ff=256, n_layer=6,
@@ -72,7 +72,7 @@ def time_steps(c, threads, steps, warmup):
     with that many workers."""
     model = model_of(c)
     parts = row_parts(c["batch"], threads)
-    adam = txl.Adam(model.parameters(), lr=1e-4, clip=1.0, parts=len(parts))
+    adam = txl.DividedAdam(model.parameters(), lr=1e-4, clip=1.0, parts=len(parts))
     memories = [full_memory(c, rows.stop - rows.start) for rows in parts]
     batches = numpy.random.default_rng(0).integers(
         c["vocab"], size=(warmup + steps, 2, c["batch"], c["seq_len"]))
@@ -84,7 +84,7 @@ def time_steps(c, threads, steps, warmup):
         adam.collect(part, leaf_gradients(loss * ((rows.stop - rows.start) / c["batch"])))
 
     times = []
-    functions = [forward_backward, adam.add_up, adam.update, product_rate, peak_rss_mib]
+    functions = [forward_backward, adam.add_up, adam.update_share, product_rate, peak_rss_mib]
     with Workers(range(len(parts)), functions) as workers:
         for step in range(warmup + steps):
             synchronise()
@@ -180,7 +180,8 @@ def profile(c, threads, steps, warmup):
         setattr(owner, attribute, timed_one)
 
     model, share = model_of(c), row_parts(c["batch"], threads)[0].stop
-    adam, memory = txl.Adam(model.parameters(), lr=1e-4, clip=1.0), full_memory(c, share)
+    adam = txl.DividedAdam(model.parameters(), lr=1e-4, clip=1.0)
+    memory = full_memory(c, share)
     walk, forward, step_of_adam = (
         timed(*pair) for pair in (("walking the graph", leaf_gradients),
                                   ("model", txl.loss_and_memory), ("Adam", adam.step)))

@@ -30,7 +30,6 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import train_shakespeare as command
-from txl import Config, TransformerXL
 
 ODD = [0, -1, 1, 2.5, 1e308, 10**9, 10**30, "", "x", "1e9", None, True, [], {}, [[]],
        "é", "\x00", -0.0, 7]
@@ -111,14 +110,14 @@ def altered(data, rng):
 
 
 def load_checkpoint(path):
-    meta, arrays = command.load(path)
-    model = TransformerXL(Config(**meta["model"]))
-    command.restore(model, arrays, path)
-    command.memory_to_resume(meta, arrays, 7, path)     # as many groups as the text below has
+    """Continue from it, as --resume does. It lies in a run's directory as checkpoint.npz."""
+    text = small_run(path.parents[1])[1]
+    command.Run(command.parse_arguments(["--resume", "--data", text, "--out", str(path.parent)]))
 
 
 def checkpoints(count, seed, folder):
-    rng, data, path = numpy.random.default_rng(seed), checkpoint(folder), folder / "damaged.npz"
+    rng, data = numpy.random.default_rng(seed), checkpoint(folder)
+    path = folder / "run" / "checkpoint.npz"
     for n in range(count):
         path.write_bytes((damaged, altered)[n % 2](data, rng))
         yield lambda: load_checkpoint(path)

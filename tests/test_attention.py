@@ -92,13 +92,15 @@ def attention_by_loops(attention, x, memory, config, clamp_len):
     return out @ p["W_o"]
 
 
-@pytest.mark.parametrize("form", ["sinusoid", "learned"])
+@pytest.mark.parametrize("form, Attention", [
+    ("sinusoid", txl.RelativeMultiHeadAttention), ("sinusoid", txl.FasterAttention),
+    ("learned", txl.LearnedPositions)], ids=["sinusoid", "sinusoid, faster", "learned"])
 @pytest.mark.parametrize("T, M, clamp_len", [
     (1, 0, 20), (4, 0, 20), (3, 2, 20), (3, 5, 20), (3, 5, 2)])
-def test_attention_is_the_four_terms_as_four_loops(form, T, M, clamp_len):
+def test_attention_is_the_four_terms_as_four_loops(form, Attention, T, M, clamp_len):
     config = txl.Config(5, n_layer=1, n_head=2, d_model=8, positions=form, clamp_len=clamp_len)
     rng = RNG(1)
-    attention = txl.RelativeMultiHeadAttention(config, rng, numpy.float64)
+    attention = Attention(config, rng, numpy.float64)
     for _, tensor in txl.named_tensors(attention):
         tensor.data[...] = xp.asarray(rng.normal(size=tensor.shape))
     x, memory = rng.normal(size=(2, T, 8)), rng.normal(size=(2, M, 8))
@@ -128,8 +130,12 @@ def test_attention_in_one_operation_is_attention_step_by_step(
     for one_operation in (True, False):
         inputs = [Tensor(xp.asarray(x), requires_grad=True) for x in (q, kv, u, v, W_r)]
         Q, KV, attention.u, attention.v, attention.W_r = inputs
-        y = (txl.attend(Q, KV, positions @ attention.W_r, attention.u, attention.v, mask)
-             if one_operation else attention.mix(Q, KV, positions, mask, None))
+        if one_operation:
+            y = txl.attend(Q, KV, positions @ attention.W_r, attention.u, attention.v, mask)
+        else:
+            k, values = txl.heads(KV[..., :8], 2), txl.heads(KV[..., 8:], 2)
+            weights = attention.weights(txl.heads(Q, 2), k, positions, mask)
+            y = (weights @ values).transpose(1, 2, 0, 3).reshape(Q.shape)
         y.backward(xp.asarray(g))
         answers.append([y.numpy()] + [to_numpy(x.grad) for x in inputs])
     for ours, expected in zip(*answers):

@@ -17,6 +17,7 @@ import numpy
 import pytest
 
 import autograd
+import backend
 import standin
 import txl
 from autograd import Tensor, check_gradients, to_numpy, use_device, xp
@@ -120,45 +121,38 @@ def test_operation_on_the_gpu(f, inputs, request):
 
 # %% Kernels
 
-KERNEL_CASES = [pytest.param(device, name, dtype, id=f"{name}, {dtype}, {device}",
-                             marks=needs_gpu if device == "gpu" else ())
-                for device in ("standin", "gpu") for name in autograd.KERNELS
-                for dtype in ("float64", "float32")]
+PLAIN = {       # each formula, in NumPy; where the last operand is changed in place, its new value
+    "normalise_gradient": lambda g, z, s, mean_g, minus_mean_g_z: (
+        (g - mean_g + z * minus_mean_g_z) * s),
+    "add_to_scores": lambda position, minus_infinity, scores: scores + position + minus_infinity,
+    "score_gradient": lambda numerators, dots, d_scores: (d_scores - dots) * numerators}
 
 
-def test_every_marked_formula_has_a_kernel_and_every_kernel_a_formula():
-    assert autograd.FUSED.keys() == autograd.KERNELS.keys()
+def test_every_formula_has_a_plain_form():
+    assert {formula.name for formula in backend.FORMULAS} == PLAIN.keys()
 
 
-@pytest.mark.parametrize("where, name, dtype", KERNEL_CASES)
-def test_a_kernel_computes_its_formula(where, name, dtype):
+@pytest.mark.parametrize("where", ["cpu", "standin", pytest.param("gpu", marks=needs_gpu)])
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("formula", backend.FORMULAS, ids=lambda formula: formula.name)
+def test_a_formula_is_its_plain_form(formula, dtype, where):
     """On positive numbers in [4, 1, 3] and, one axis broadcast, [4, 5, 1] arrays; what it
     changes in place is [4, 5, 3]."""
-    inputs, results, _ = autograd.KERNELS[name]
-    parameters = inspect.signature(autograd.FUSED[name].__wrapped__).parameters
-    in_place = len(parameters) > len(inputs.split(","))
-    rng, operands = RNG(0), []
-    for n, parameter in enumerate(inputs.split(",")):
-        number = parameter.split()[0] == "float64"
-        shape = ((4, 1, 3), (4, 5, 1))[n % 2]
-        operands.append(rng.uniform(0.1, 0.9) if number
-                        else rng.uniform(0.5, 2, shape).astype(dtype))
-    if in_place:
-        operands += [rng.uniform(0.5, 2, (4, 5, 3)).astype(dtype) for _ in results.split(",")]
+    plain, rng = PLAIN[formula.name], RNG(0)
+    shapes = [((4, 1, 3), (4, 5, 1))[n % 2] for n, _ in enumerate(formula.arrays)]
+    in_place = len(inspect.signature(plain).parameters) > len(formula.arrays)
+    operands = [rng.uniform(0.5, 2, shape).astype(dtype)
+                for shape in shapes + [(4, 5, 3)] * in_place]
     with device(where):
-        theirs = [xp.array(operand) if hasattr(operand, "dtype") else operand
-                  for operand in operands]
-        answer = autograd.FUSED[name](*theirs)
-        changed = theirs[len(inputs.split(",")):] if in_place else [answer]
-        changed = [to_numpy(array) for array in changed]
-    with device("cpu"):
-        expected = autograd.FUSED[name](*operands)
-    expected = operands[len(inputs.split(",")):] if in_place else [expected]
-    assert len(changed) == len(expected) > 0
-    for mine, plain in zip(changed, expected):
-        assert mine.dtype == dtype
-        tolerance = dict(rtol=1e-12) if dtype == "float64" else dict(rtol=1e-5, atol=1e-6)
-        numpy.testing.assert_allclose(mine, plain, **tolerance)
+        theirs = [xp.array(operand) for operand in operands]
+        answer = formula(*theirs)
+        answer, unchanged = to_numpy(theirs[-1] if in_place else answer), theirs[:len(shapes)]
+        unchanged = [to_numpy(array) for array in unchanged]
+    assert answer.dtype == dtype
+    tolerance = dict(rtol=1e-12) if dtype == "float64" else dict(rtol=1e-5, atol=1e-6)
+    numpy.testing.assert_allclose(answer, plain(*operands), **tolerance)
+    for before, after in zip(operands, unchanged):
+        numpy.testing.assert_array_equal(before, after)
 
 
 # %% Training, evaluation, generation
@@ -207,8 +201,8 @@ def test_training_evaluation_and_generation_on_the_standin_are_those_of_numpy(op
 
 
 COMMAND = """import sys; sys.path[:0] = sys.argv[1:3]
-import autograd, standin, train_shakespeare
-autograd._cupy = lambda tf32: standin.Library()
+import backend, standin, train_shakespeare
+backend._cupy = lambda tf32: standin.Library()
 sys.exit(train_shakespeare.main(sys.argv[3:]))"""
 
 

@@ -16,6 +16,12 @@ def checkpoint(tmp_path_factory):
     return fuzz.checkpoint(tmp_path_factory.mktemp("run"))
 
 
+@pytest.fixture
+def run_folder(tmp_path):
+    (tmp_path / "run").mkdir()
+    return tmp_path / "run"
+
+
 def altered(checkpoint, path, change, without=None):
     """The path of a checkpoint file whose meta has gone through `change`, without one of its
     arrays."""
@@ -40,13 +46,14 @@ def test_a_run_killed_at_random_moments_ends_with_the_bits_of_an_undisturbed_one
 
 @pytest.mark.parametrize("field, value", [
     ("n_layer", 10**9), ("d_model", 10**6), ("mem_len", 10**30)])
-def test_a_checkpoint_cannot_declare_a_model_larger_than_itself(field, value, checkpoint, tmp_path):
+def test_a_checkpoint_cannot_declare_a_model_larger_than_itself(
+        field, value, checkpoint, run_folder):
     def enlarge(meta):
         meta["model"][field] = value
         if field in meta["settings"]:
             meta["settings"][field] = value
     with pytest.raises(command.Failure):
-        fuzz.load_checkpoint(altered(checkpoint, tmp_path / "large.npz", enlarge))
+        fuzz.load_checkpoint(altered(checkpoint, run_folder / "checkpoint.npz", enlarge))
 
 
 @pytest.mark.parametrize("meta, without", [
@@ -55,9 +62,9 @@ def test_a_checkpoint_cannot_declare_a_model_larger_than_itself(field, value, ch
     ({"log": [["1"] + [0.5] * 6]}, None), ({"log": {}}, None), ({"log": ""}, None),
     ({}, "memory/0/0")])
 def test_a_checkpoint_without_what_training_needs_is_not_resumed(
-        meta, without, checkpoint, tmp_path):
-    odd = altered(checkpoint, tmp_path / "odd.npz", lambda old: old.update(meta), without)
-    with pytest.raises(command.Failure, match="cannot be resumed from"):
+        meta, without, checkpoint, run_folder):
+    odd = altered(checkpoint, run_folder / "checkpoint.npz", lambda old: old.update(meta), without)
+    with pytest.raises(command.Failure, match="is not a checkpoint of this program"):
         fuzz.load_checkpoint(odd)
 
 

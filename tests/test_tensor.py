@@ -49,7 +49,7 @@ def test_a_float_dtype_survives_numbers_and_integers(dtype):
     for y in (x + 1, 1 + x, x * 0.5, 2.0 / x, x ** 2, 2 ** x, x - numpy.float64(0.1),
               x * numpy.float32(0.1), x + True, x * xp.asarray([1, 2]), xp.asarray([1, 2]) * x,
               x * Tensor(xp.asarray([3, 4])), x.mean(), x.sum() * 2.0, autograd.softmax(x),
-              autograd.softmax(x, xp.asarray([True, False])), autograd.gelu(x),
+              autograd.softmax(x, xp.asarray([True, False])), autograd.tanh(x),
               autograd.dropout(x, 0.5, xp.random.default_rng(0)),
               autograd.where(xp.asarray([True, False]), x, 0.0)):
         y.backward(xp.ones_like(y.data))
@@ -139,13 +139,6 @@ def test_layer_norm_gives_every_row_mean_zero_and_variance_one():
     numpy.testing.assert_allclose(y.var(-1), 1, rtol=1e-5)
 
 
-def test_gelu_is_x_times_the_normal_distribution_function():
-    from math import erf, sqrt
-    x = numpy.linspace(-4, 4, 41)
-    expected = [v * (1 + erf(v / sqrt(2))) / 2 for v in x]
-    numpy.testing.assert_allclose(autograd.gelu(Tensor(xp.asarray(x))).numpy(), expected, atol=1e-3)
-
-
 # %% The graph
 
 def test_backward_by_hand():
@@ -221,7 +214,7 @@ def test_the_graph_holds_the_arrays_that_gradients_need_and_backward_frees_them(
 
 @pytest.mark.parametrize("f", [
     lambda x: x.reshape(4), lambda x: x.T, lambda x: x[0], lambda x: x.astype(numpy.float64),
-    lambda x: x.mean(axis=0), lambda x: autograd.pad(x, ((1, 0), (0, 0))), lambda x: x + x,
+    lambda x: x.mean(axis=0), lambda x: x.swapaxes(0, 1), lambda x: x + x,
     lambda x: x @ xp.ones((2, 2)), lambda x: autograd.concatenate([x, x]), autograd.relu,
     autograd.softmax, autograd.normalise, lambda x: autograd.cross_entropy(x, [0, 1]),
     lambda x: autograd.embedding(x, [0, 1, 1])])
@@ -360,13 +353,9 @@ def test_backward_without_anything_to_differentiate():
      lambda: autograd.cross_entropy(leaf(numpy.ones((2, 3))), xp.asarray([0, 1, 2]))),
     (ValueError, r"layer_norm\(float64\[2, 3\], float64\[2\], float64\[2\]\)",
      lambda: autograd.layer_norm(leaf(numpy.ones((2, 3))), leaf([1, 1]), leaf([0, 0]))),
-    (ValueError, r"pad\(float64\[2, 1\].*1 pairs of widths for 2 axes",
-     lambda: autograd.pad(leaf([[1], [2]]), [(1, 1)])),
-    (TypeError, r"linear\(float64\[1, 2, 1\].*float32 in front of float64",
+    (TypeError, r"linear\(float64\[1, 2, 1\].*float32 and float64 do not mix",
      lambda: autograd.linear(leaf([[[1], [2]]]), leaf([[1]]), leaf([0]),
                              before=xp.zeros((1, 3, 1), dtype=numpy.float32))),
-    (ValueError, r"linear\(float64\[1, 1\].*gain and shift are given together",
-     lambda: autograd.linear(leaf([[1]]), leaf([[1]]), leaf([0]), shift=leaf([0]))),
     (IndexError, r"transpose\(float64\[1, 2\], \(0, 3\)\)",
      lambda: autograd.transpose(leaf([[1, 2]]), (0, 3))),
     (ValueError, r"dropout\(float64\[2\].*p must be in \[0, 1\)",
