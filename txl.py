@@ -1,21 +1,21 @@
 # %% Transformer-XL
 """Transformer-XL (Dai et al. 2019, arXiv 1901.02860), from the idea to generated text.
 
-The question. A language model predicts each token from the tokens before it. A Transformer
-does so by attention over a window of T tokens, and a text is longer than any window. Cut the
-text into segments of T, train on each by itself, and two things go wrong. Nothing further
-back than T can ever be used. And the first tokens of every segment are predicted from almost
-nothing, although the text before them has just been read.
+The question. A language model predicts each token from the tokens before it. A Transformer does
+so by attention over a window of T tokens, and a text is longer than any window. Cut the text
+into segments of T, train on each by itself, and two things go wrong. Nothing further back than
+T can ever be used. And the first tokens of every segment are predicted from almost nothing,
+although the text before them has just been read.
 
-(Attention, for whom it is new. Each token has a state, a vector; at first this is its
-embedding, which is learned. Three learned matrices make a query of it, what the token looks
-for; a key, what it offers; and a value, what it passes on. A query's dot products with all
-keys up to its own are its scores. Softmax turns scores into weights, and the token receives
-the values in these proportions, through a fourth matrix. Several heads do this side by side,
-each with its share of the width. A layer is attention, then a small network for each token.)
+(Attention, for whom it is new. Each token has a state, a vector; at first this is its embedding,
+which is learned. Three learned matrices make a query of it, what the token looks for; a key,
+what it offers; and a value, what it passes on. A query's dot products with all keys up to its
+own are its scores. Softmax turns scores into weights. The token receives the values in these
+proportions, through a fourth matrix. Several heads do this side by side, each with its share of
+the width. A layer is attention, then a small network for each token.)
 
-The answer. Keep the states that entered each layer for the last M tokens, and let the same
-layer attend to them in the next segment. With segments of T = 3 tokens and a memory of M = 2:
+The answer. Keep the states that entered each layer for the last M tokens, and let the same layer
+attend to them in the next segment. With segments of T = 3 tokens and a memory of M = 2:
 
                            segment 1     segment 2     segment 3
     output of layer 2      .  .  .       .  .  .       .  .  O
@@ -25,36 +25,37 @@ layer attend to them in the next segment. With segments of T = 3 tokens and a me
     embeddings             .  m  m       o  o  o       .  .  .
                            F  i  r       s  t  _       C  i  t
 
-The state O attended to the three o of its own segment and to the two m, layer 2's memory.
-The newest m was made one segment earlier in the same way: from the three o below it and the
-two m on their left, which were layer 1's memory then. So O knows of "ir" and "st_".
+The state O attended to the three o of its own segment and to the two m, layer 2's memory. The
+newest m was made one segment earlier in the same way: from the three o below it, and the two m
+on their left, which were layer 1's memory then. So O knows of "ir" and "st_".
 
 Information flows along all lines, gradients only within the segment being trained. Each layer
-reaches one memory further back: N layers see N M tokens beyond their segment if M is a
-multiple of T. In general it is M + (N - 1) T ceil(M / T), here 2 + 3: a state in memory has
-seen its own segment from the beginning. Each token is computed once. The cost: attention over
-M + T keys instead of T, M states a layer to keep, and no learning of what is good to keep.
+reaches one memory further back: N layers see N M tokens beyond their segment if M is a multiple
+of T. In general it is M + (N - 1) T ceil(M / T), here 2 + 3, because a state in memory has seen
+its own segment from the beginning. Each token is computed once. The cost: attention over M + T
+keys instead of T, M states a layer to keep, and no learning of what is good to keep.
 
-Sections: 1. memory   2. relative positions   3. the shift   4. attention   5. the layer
-          6. the model   7. the loss   8. Adam   9. generation
-Behind them, each with what it equals or adds:
-          A. attention, faster   B. learned positions   C. Adam, divided among processes
-          D. generation, faster   E. what layers attend to   F. what must hold
-          G. the paper and other code   H. a walk through it
+The sections follow this example, "First Cit". Lines behind a bar are what `python txl.py` prints.
 
-The example above, "First Cit" in segments of three, goes through all sections. Lines behind a
-bar, like `|  F i r`, are what `python txl.py` prints. Letters for shapes:
+    1. memory   2. relative positions   3. the shift   4. attention   5. the layer
+    6. the model   7. the loss   8. Adam   9. generation
+
+    A. attention, faster   B. learned positions   C. Adam, divided among processes
+    D. generation, faster   E. what layers attend to   F. what must hold
+    G. the paper and other code   H. a walk through it
+
+Letters for shapes and sizes:
 
     B  batch   T  queries: tokens of the segment   M  memory, in states   K = M + T  keys
-    H  heads   D  d_model    d = D / H             F  d_ff    V  vocabulary    N  n_layer
+    H  heads   D  d_model    d = D / H             F  d_ff    V  vocabulary    N  layers
 
-To change …               touch …
-    the form of positions   a subclass like LearnedPositions (B); `relative_positions`; Config
-    the optimiser           a class with Adam's methods; one line of train_shakespeare.py
-    the layer, say a gate   Layer (5), and CachedLayer (D), which generates
-    the corpus              nothing here: train_shakespeare.py --data FILE
-    the precision           `dtype` of TransformerXL; mixed: astype around the products of
-                            FeedForward (5), FasterAttention (A) and W_out (6)
+To change …              touch …
+    the positions        a subclass like LearnedPositions (B), relative_positions (2), Config (6)
+    the optimiser        a class with DividedAdam's methods (C); one line of train_shakespeare.py
+    the layer            Layer (5), and CachedLayer (D), which generates
+    the corpus           nothing here: train_shakespeare.py --data FILE
+    the precision        dtype of TransformerXL (6); for products in another one `linear` and
+                         `matmul` of autograd.py, and `attend` (A)
 """
 import contextlib
 import dataclasses
@@ -70,12 +71,12 @@ from backend import (add_to_scores, row_dots, row_sums, score_gradient, shared_z
 
 
 # %% 1. Memory
-# The memory of a layer is its *input* for the last M tokens. It is stored before the layer runs,
-# as plain arrays: constants, without the operations that made them.
+# The memory of a layer is its *input* for the last M tokens. It is stored before the layer
+# runs, as plain arrays: constants, without the operations that made them.
 #
 # So parameters get a gradient for the use they make of memory in this segment, and none for
-# having made it in an earlier one. That gradient would say what is good to store. But it would
-# need the graph of the whole text; without it the cost of a segment is constant.
+# having made it in an earlier one. That gradient would say what is good to store. But it
+# would need the graph of the whole text; without it the cost of a segment is constant.
 #
 # Memory starts empty and grows to mem_len states. With T = 3 and mem_len = 2:
 #
@@ -84,12 +85,13 @@ from backend import (add_to_scores, row_dots, row_sums, score_gradient, shared_z
 #   |  s t _     2        3 4 5                       t _
 #   |  C i t     2        3 4 5                       i t
 #
-# Row b of the memory belongs to row b of the batch. So row b of the next segment must be the text
-# that follows.
+# Row b of the memory belongs to row b of the batch. So row b of the next segment must be
+# the text that follows.
 #
-# No parameter's shape depends on M. A model can be evaluated with a longer memory than it was
-# trained with. To evaluate a text is one pass over it: every token is computed once, and yet sees
-# at least the M tokens before it. A window that slides by one token computes M + 1 for each.
+# No parameter's shape depends on M. A model can be evaluated with a longer memory than it
+# was trained with. To evaluate a text is one pass over it: every token is computed once,
+# and yet sees at least the M tokens before it. A window that slides by one token computes M
+# + 1 for each.
 
 def update_memory(memory, x, mem_len):
     """The last mem_len states of memory and x: [B, M, D], [B, T, D] -> [B, ≤ mem_len, D].
@@ -105,10 +107,11 @@ def update_memory(memory, x, mem_len):
 
 
 # %% 2. Relative positions
-# Attention alone does not know the order of its keys. A Transformer adds a vector for the place
-# 0 … T-1 to each embedding. With memory that fails: the states of both segments would claim the
-# same places, and a stored state cannot be renumbered. But how far back a key lies from a query
-# does not depend on where the text was cut. That distance is what Transformer-XL uses.
+# Attention alone does not know the order of its keys. A Transformer adds a vector for the
+# place 0 … T-1 to each embedding. With memory that fails: the states of both segments would
+# claim the same places, and a stored state cannot be renumbered. But how far back a key
+# lies from a query does not depend on where the text was cut. That distance is what
+# Transformer-XL uses.
 #
 # Query i (row) and key j (column) are M + i - j tokens apart. For segment 2 of the example:
 #
@@ -118,16 +121,18 @@ def update_memory(memory, x, mem_len):
 #     query t          3    2    1    0    .
 #     query _          4    3    2    1    0
 #
-# The visible distances are 0 … K-1. Each gets a vector R, made of waves: sines, then cosines.
+# The visible distances are 0 … K-1. Each gets a vector R, made of waves: sines, then
+# cosines.
 #
-#     R[x] = [sin(x w_0), sin(x w_1), …, cos(x w_0), cos(x w_1), …]      w_n = 10000^(-2n / D)
+#     R[x] = [sin(x w_0), sin(x w_1), …, cos(x w_0), cos(x w_1), …]     w_n = 10000^(-2n / D)
 #
-# Fast waves tell near distances apart, slow ones far distances (Vaswani et al. 2017, section 3.5,
-# there with sines and cosines in turns). The example has D = 2, which is one wave:
+# Fast waves tell near distances apart, slow ones far distances (Vaswani et al. 2017,
+# section 3.5, there with sines and cosines in turns). The example has D = 2, which is one
+# wave:
 #
-#   |  x           4      3      2      1      0
-#   |  sin(x)  -0.76   0.14   0.91   0.84   0.00
-#   |  cos(x)  -0.65  -0.99  -0.42   0.54   1.00
+#   |  x                 4      3      2      1      0
+#   |  sin(x)        -0.76   0.14   0.91   0.84   0.00
+#   |  cos(x)        -0.65  -0.99  -0.42   0.54   1.00
 
 def sinusoid(distances, d_model, dtype=numpy.float32):
     """R of the paper: [K] distances -> [K, D]."""
@@ -167,21 +172,23 @@ def hidden_keys(T, M, window=None):
 
 
 # %% 3. The shift
-# Query i scores key j with a vector that belongs to their distance. There are T K pairs but only K
-# distances. So all queries are multiplied with all K vectors, in one matrix product. Its columns
-# stand for distances, the same in every row: 4 3 2 1 0. Attention needs columns that stand for
-# keys. For that, row i must move left by T-1-i: the last row stays, the first moves furthest.
+# Query i scores key j with a vector that belongs to their distance. There are T K pairs but
+# only K distances. So all queries are multiplied with all K vectors, in one matrix product.
+# Its columns stand for distances, the same in every row: 4 3 2 1 0. Attention needs columns
+# that stand for keys. For that, row i must move left by T-1-i: the last row stays, the
+# first moves furthest.
 #
-# This needs no loop. Write the rows one behind the other, in one line. Row i begins at place i K.
-# Moved left by T-1-i it begins at i K + T-1-i = T-1 + i (K-1): the first row at place T-1, each
-# further one K-1 places after the one before. Here each number is a distance:
+# This needs no loop. Write the rows one behind the other, in one line. Row i begins at
+# place i K. Moved left by T-1-i it begins at i K + T-1-i = T-1 + i (K-1): the first row at
+# place T-1, each further one K-1 places after the one before. Here each number is a
+# distance:
 #
 #     4 3 2 1 0             4 3 2 1 0 4 3 2 1 0 4 3 2 1 0             2 1 0 4 3
 #     4 3 2 1 0     -->         ^       ^       ^             -->     3 2 1 0 4
 #     4 3 2 1 0                 row 0   row 1   row 2                 4 3 2 1 0
 #
-# Up to its 0 each row is that of the table in section 2. Right of the 0 the next unshifted row
-# begins. Those are keys in the future, which the mask hides.
+# Up to its 0 each row is that of the table in section 2. Right of the 0 the next unshifted
+# row begins. Those are keys in the future, which the mask hides.
 
 def rel_shift(x):
     """From columns that stand for distances to columns that stand for keys: [..., T, K].
@@ -193,7 +200,7 @@ def rel_shift(x):
 
 
 def shifted_rows(x, width):
-    """[..., T, K] -> [..., T, width], each shifted row's first numbers; a view where x allows."""
+    """[..., T, K] -> [..., T, width]: each shifted row's first numbers, a view if x allows."""
     *batch, T, K = x.shape
     line = x.reshape(*batch, T * K)
     step = line.strides[-1]
@@ -202,10 +209,10 @@ def shifted_rows(x, width):
 
 
 def shift_back(g):
-    """The gradient of rel_shift: each number's goes to the place in the line that it came from.
+    """The gradient of rel_shift: each goes to the place in the line its number came from.
 
-    A row's last number and the next row's first came from one place, where gradients add. The
-    line's first T-1 places were left out and get 0.
+    A row's last number and the next row's first came from one place, where gradients add.
+    The line's first T-1 places were left out and get 0.
     """
     *batch, T, K = g.shape
     if T == 1:
@@ -213,15 +220,15 @@ def shift_back(g):
     back = xp.empty((*batch, T, K), dtype=g.dtype)
     line = back.reshape(*batch, T * K)
     line[..., :T - 1] = line[..., -1] = 0           # the last: for the sum below
-    shifted_rows(back, K - 1)[...] = g[..., :-1]    # without their last number rows do not overlap
+    shifted_rows(back, K - 1)[...] = g[..., :-1]    # all but the last: these do not overlap
     line[..., T + K - 2::K - 1] += g[..., -1]
     return back
 
 
 # %% 4. Attention
-# With absolute positions p, query i scores key j with (x_i + p_i) W_q · (x_j + p_j) W_k, where x is
-# content. Multiplied out, these are four terms (A^abs, the paper's section 3.3). Transformer-XL
-# keeps all four, in every layer, and replaces what is absolute (A^rel):
+# With absolute positions p, query i scores key j with (x_i + p_i) W_q · (x_j + p_j) W_k,
+# where x is content. Multiplied out, these are four terms (A^abs, the paper's section 3.3).
+# Transformer-XL keeps all four, in every layer, and replaces what is absolute (A^rel):
 #
 #            absolute                    relative
 #     (a)    x_i W_q · x_j W_k           q · k      what i looks for, against what j offers
@@ -229,36 +236,39 @@ def shift_back(g):
 #     (c)    p_i W_q · x_j W_k           u · k      what j offers, to any query
 #     (d)    p_i W_q · p_j W_k           v · r      how far away j is, for any query
 #
-# q = x_i W_q and k = x_j W_k stay. The key's place becomes the distance from i to j: r = R W_r, with
-# a matrix of its own. The query's place says nothing once distances are relative. It becomes a
-# learned constant: u where it meets content, v where it meets distance. It is two vectors because
-# what they meet comes from two matrices.
+# q = x_i W_q and k = x_j W_k stay. The key's place becomes the distance from i to j: r = R
+# W_r, with a matrix of its own. The query's place says nothing once distances are relative.
+# It becomes a learned constant: u where it meets content, v where it meets distance. It is
+# two vectors because what they meet comes from two matrices.
 #
 #     score = [ (q + u) · k + q · r + v · r ] / sqrt(d)
 #
-# The sum of d products of independent numbers of size 1 has a size of about sqrt(d). Divided by it,
-# scores stay small, and a softmax of large scores would be almost a choice of one key.
+# The sum of d products of independent numbers of size 1 has a size of about sqrt(d).
+# Divided by it, scores stay small, and a softmax of large scores would be almost a choice
+# of one key.
 #
-# Query t of the example, with one head of d = 2 numbers. Matrices are the identity, so that states
-# are queries, keys and values, and R is r. Then q = (1, -1), u = (0.5, 0), v = (0, 0.5) and
+# Query t of the example, with one head of d = 2 numbers. Matrices are the identity, so that
+# states are queries, keys and values, and R is r. Then q = (1, -1), u = (0.5, 0), v = (0,
+# 0.5) and
 #
-#   |  key                     i      r      s      t      _
-#   |  k = value            1  0   0  1   1  1   1 -1  -1  1
-#   |  (a) q · k            1.00  -1.00   0.00   2.00  -2.00
-#   |  (c) u · k            0.50   0.00   0.50   0.50  -0.50
-#   |  distance                4      3      2      1      0
-#   |  (b) q · r           -0.10   1.13   1.33   0.30  -1.00
-#   |  (d) v · r           -0.33  -0.49  -0.21   0.27   0.50
-#   |  (b) + (d)           -0.43   0.64   1.12   0.57  -0.50
-#   |  shifted              0.64   1.12   0.57  -0.50      .
-#   |  score                1.51   0.08   0.76   1.41      .
-#   |  weight               0.40   0.10   0.19   0.36   0.00
-#   |  output: weights times values    0.96  -0.09
+#   |  key               i      r      s      t      _
+#   |  k = value      1  0   0  1   1  1   1 -1  -1  1
+#   |  (a) q · k      1.00  -1.00   0.00   2.00  -2.00
+#   |  (c) u · k      0.50   0.00   0.50   0.50  -0.50
+#   |  distance          4      3      2      1      0
+#   |  (b) q · r     -0.10   1.13   1.33   0.30  -1.00
+#   |  (d) v · r     -0.33  -0.49  -0.21   0.27   0.50
+#   |  (b) + (d)     -0.43   0.64   1.12   0.57  -0.50
+#   |  shifted        0.64   1.12   0.57  -0.50
+#   |  score          1.51   0.08   0.76   1.41
+#   |  weight         0.38   0.09   0.18   0.35   0.00
+#   |  output         0.91  -0.08
 
 class RelativeMultiHeadAttention:
-    """Attention of a segment over the memory before it and itself (the paper's section 3.3).
+    """Attention of a segment over the memory before it and itself (section 3.3 of the paper).
 
-    Each head has d neighbouring columns of W_q, W_k, W_v and W_r, and d neighbouring rows of W_o.
+    Each head has d neighbouring columns of W_q, W_k, W_v and W_r, and d neighbouring rows
+    of W_o.
     """
 
     def __init__(self, config, rng, dtype):
@@ -284,13 +294,14 @@ class RelativeMultiHeadAttention:
         """
         H, D = self.config.n_head, self.config.d_model
         q, kv = self.project(x, memory, norm)
-        k, values = heads(kv[..., :D], H), heads(kv[..., D:], H)                # [H, B, K, d]
-        weights = self.weights(heads(q, H), k, positions, mask)                 # [H, B, T, K]
-        mixed = dropout(weights, self.config.attn_dropout, generator) @ values  # [H, B, T, d]
+        k, values = heads(kv[..., :D], H), heads(kv[..., D:], H)            # [H, B, K, d]
+        weights = self.weights(heads(q, H), k, positions, mask)             # [H, B, T, K]
+        weights = dropout(weights, self.config.attn_dropout, generator)
+        mixed = weights @ values                                            # [H, B, T, d]
         return mixed.transpose(1, 2, 0, 3).reshape(x.shape) @ self.W_o
 
     def project(self, x, memory, norm):
-        """Queries [B, T, D] of the segment, keys and values [B, K, 2 D] of memory and segment."""
+        """Queries [B, T, D] of the segment; keys and values [B, K, 2 D] of memory and it."""
         if norm is not None:
             x, memory = norm(x), norm(memory)
         return x @ self.W_q, concatenate([memory, x], axis=1) @ self.W_kv
@@ -298,9 +309,9 @@ class RelativeMultiHeadAttention:
     def weights(self, q, k, positions, mask):
         """How much each query attends to each key."""
         H, d = self.u.shape
-        r, v_r = self.position_terms(positions)                 # [H, 1, d, K], [H, 1, 1, K]
-        content = (q + self.u.reshape(H, 1, 1, d)) @ k.swapaxes(-1, -2)         # (a) + (c)
-        position = q @ r + v_r                                                  # (b) + (d)
+        r, v_r = self.position_terms(positions)             # [H, 1, d, K], [H, 1, 1, K]
+        content = (q + self.u.reshape(H, 1, 1, d)) @ k.swapaxes(-1, -2)     # (a) + (c)
+        position = q @ r + v_r                                              # (b) + (d)
         score = content + rel_shift(position)
         return softmax(score * (1 / math.sqrt(d)), mask)
 
@@ -312,14 +323,14 @@ class RelativeMultiHeadAttention:
 
 
 def heads(x, H):
-    """[B, n, D] -> [H, B, n, d], a view: the heads side by side become matrices of their own."""
+    """[B, n, D] -> [H, B, n, d], a view: each head's columns become a matrix of their own."""
     return x.reshape(*x.shape[:2], H, x.shape[2] // H).transpose(2, 0, 1, 3)
 
 
-# Parameters start as random numbers from NumPy's generator on every device, so that a seed means
-# one model. With the spread 1 / sqrt(3 n) a product over n inputs is about 0.6 times the size of
-# its input. W_o and W_2 start smaller by sqrt(2 N): their results are added to a token's state 2 N
-# times (as in GPT-2).
+# Parameters start as random numbers from NumPy's generator on every device, so that a seed
+# means one model. With the spread 1 / sqrt(3 n) a product over n inputs is about 0.6 times
+# the size of its input. W_o and W_2 start smaller by sqrt(2 N): their results are added to
+# a token's state 2 N times (as in GPT-2).
 
 def weight(rng, shape, dtype, scale=1.0):
     """A parameter [inputs, …]: normal numbers of standard deviation scale / sqrt(3 inputs)."""
@@ -332,8 +343,8 @@ def zeros(shape, dtype):
 
 
 # %% 5. The layer
-# First attention, where tokens exchange information. Then a feed-forward network, where each
-# thinks for itself. Both are added to what was there.
+# First attention, where tokens exchange information. Then a feed-forward network, where
+# each thinks for itself. Both are added to what was there.
 
 class LayerNorm:
     """layer_norm with its parameters: gain [D], bias [D]."""
@@ -347,7 +358,7 @@ class LayerNorm:
 
 
 class FeedForward:
-    """relu(x W_1 + b_1) W_2 + b_2, or with relu(…)^2: [B, T, D] -> [B, T, F] -> [B, T, D]."""
+    """relu(x W_1 + b_1) W_2 + b_2, or with relu(…)^2: [B, T, D] -> [B, T, D] by way of F."""
 
     def __init__(self, config, rng, dtype):
         D, F = config.d_model, config.d_ff
@@ -358,7 +369,7 @@ class FeedForward:
         self.b_2 = zeros(D, dtype)
 
     def __call__(self, x, generator=None):
-        hidden = self.activation(linear(x, self.W_1, self.b_1))         # linear: x W_1 + b_1
+        hidden = self.activation(linear(x, self.W_1, self.b_1))     # x W_1 + b_1
         return linear(dropout(hidden, self.dropout, generator), self.W_2, self.b_2)
 
 
@@ -375,37 +386,41 @@ class Layer:
         self.feed_forward_norm = LayerNorm(config, dtype)
 
     def __call__(self, x, memory, positions, mask, generator=None):
-        p, surroundings = self.config.dropout, (memory, positions, mask, generator)
-        if self.config.pre_norm:        # x + f(norm(x)): gradients reach the lowest layer unchanged
-            x = x + dropout(self.attention(x, *surroundings, self.attention_norm), p, generator)
+        p = self.config.dropout
+        if self.config.pre_norm:            # x + f(norm(x)), twice
+            y = self.attention(x, memory, positions, mask, generator, self.attention_norm)
+            x = x + dropout(y, p, generator)
             y = self.feed_forward(self.feed_forward_norm(x), generator)
             return x + dropout(y, p, generator)
-        x = self.attention_norm(x + dropout(self.attention(x, *surroundings), p, generator))
-        y = self.feed_forward(x, generator)         # norm(x + f(x)): the paper's
+        y = self.attention(x, memory, positions, mask, generator)   # norm(x + f(x)), twice
+        x = self.attention_norm(x + dropout(y, p, generator))
+        y = self.feed_forward(x, generator)
         return self.feed_forward_norm(x + dropout(y, p, generator))
 
 
 # %% 6. The model
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What determines the function a model computes. ValueError names a field that is wrong."""
+    """What determines the function a model computes. ValueError names a wrong field."""
     vocab_size: int                 # V, the number of different tokens
     n_layer: int = 4                # N
     n_head: int = 4                 # H
     d_model: int = 128              # D
     d_ff: int = 512                 # F, the width of the feed-forward network
     mem_len: int = 64               # the most states that each layer keeps; 0: none
-    dropout: float = 0.0            # the probability that a number is set to 0 in training: of
-                                    # the embeddings, of what attention and feed-forward return,
-                                    # of the latter's hidden values, and of the final states
+    dropout: float = 0.0            # probability of setting a number to 0 in training: of
+                                    # the embeddings, of what attention and feed-forward
+                                    # return, of the latter's hidden values, and of the
+                                    # final states
     attn_dropout: float = 0.0       # the same for an attention weight
     pre_norm: bool = True           # x + f(norm(x)); False: the paper's norm(x + f(x))
-    tie_weights: bool = False       # the output layer uses the embeddings (Press and Wolf 2017)
+    tie_weights: bool = False       # the output uses the embeddings (Press and Wolf 2017)
     positions: str = "sinusoid"     # R of section 2; "learned": appendix B
     clamp_len: int | None = None    # a larger distance counts as this one; None: no limit
     activation: str = "relu"        # of the feed-forward network; or "squared_relu"
-    same_length: bool = False       # every query sees itself and at most mem_len keys before it;
-                                    # False: the whole memory and all of its segment before it
+    same_length: bool = False       # a query sees at most mem_len keys before itself; False:
+                                    # False: the whole memory and all of its segment before
+                                    # it
 
     def __post_init__(self):
         check_config(self)                                      # appendix F
@@ -417,7 +432,7 @@ class Config:
         if self.positions == "learned":
             positions = (self.clamp_len + 1) * (D + H)
         attention = 4 * D * D + D + positions                   # W_q, W_kv, W_o, u
-        layer = attention + 2 * D * F + F + D + 4 * D           # W_1, W_2, b_1, b_2, two norms
+        layer = attention + 2 * D * F + F + D + 4 * D           # W_1, W_2, b_1, b_2, norms
         output = (0 if self.tie_weights else D * V) + V + (2 * D if self.pre_norm else 0)
         return V * D + self.n_layer * layer + output
 
@@ -425,15 +440,16 @@ class Config:
 class TransformerXL:
     """The language model: `logits, memory = model(tokens, memory)`.
 
-    dtype: float32 for speed, float64 for gradient checks. Dropout acts when, and only when, a call
-    is given a generator; there is no training mode to forget.
+    dtype: float32 for speed, float64 for gradient checks. Dropout acts when, and only when,
+    a call is given a generator; there is no training mode to forget.
     """
 
     def __init__(self, config, seed=0, dtype=numpy.float32):
         rng = numpy.random.default_rng(seed)
         V, D = config.vocab_size, config.d_model
         self.config, self.dtype = config, numpy.dtype(dtype)
-        self.embedding = weight(rng, (V, D), dtype, scale=math.sqrt(3 * V / D))     # length 1
+        # Rows of length about 1; times sqrt(D), in the call, numbers of size about 1.
+        self.embedding = weight(rng, (V, D), dtype, scale=math.sqrt(3 * V / D))
         self.layers = [Layer(config, rng, dtype) for _ in range(config.n_layer)]
         if config.pre_norm:
             self.norm = LayerNorm(config, dtype)        # post-norm layers end with theirs
@@ -445,7 +461,7 @@ class TransformerXL:
         """tokens [B, T] integers -> logits [B, T, V], the new memory.
 
         memory      N arrays [B, M, D], as the last call returned them, or None
-        generator   random numbers for dropout (xp.random.default_rng(…)) in training, or None
+        generator   random numbers for dropout: xp.random.default_rng(…); None: no dropout
         mem_len     states to keep, where it differs from the configuration's
         """
         config = self.config
@@ -455,7 +471,7 @@ class TransformerXL:
         positions = relative_positions(config, T, M, self.dtype)
         mask = hidden_keys(T, M, mem_len if config.same_length else None)
 
-        x = embedding(self.embedding, tokens) * math.sqrt(D)        # [B, T, D], of size about 1
+        x = embedding(self.embedding, tokens) * math.sqrt(D)        # [B, T, D]
         x = dropout(x, config.dropout, generator)
         new_memory = []
         for layer, past in zip(self.layers, memory):
@@ -473,12 +489,12 @@ class TransformerXL:
         return [empty for _ in self.layers]
 
     def parameters(self):
-        """Dotted name -> Tensor, in a fixed order: {"embedding": …, "layers.0.attention.W_q": …}."""
+        """{"embedding": Tensor, "layers.0.attention.W_q": …, …}, in a fixed order."""
         return dict(named_tensors(self))
 
 
 def named_tensors(part, prefix=""):
-    """(dotted name, Tensor) of every Tensor in an object's attributes and in those of its parts."""
+    """(dotted name, Tensor) of every Tensor in an object and in its parts."""
     for name, value in vars(part).items():
         if isinstance(value, Tensor):
             yield prefix + name, value
@@ -490,9 +506,10 @@ def named_tensors(part, prefix=""):
 
 
 # %% 7. The loss
-# The mean cross-entropy of the next token, in nats: -log of the probability that the model gave to
-# what came. ln 2 nats are one bit, so bits a character = nats / ln 2. The perplexity exp(nats) is
-# the number of equally likely tokens that would be as hard to guess from.
+# The mean cross-entropy of the next token, in nats: -log of the probability that the model
+# gave to what came. ln 2 nats are one bit, so bits a character = nats / ln 2. The
+# perplexity exp(nats) is the number of equally likely tokens that would be as hard to guess
+# from.
 
 def loss_and_memory(model, tokens, targets, memory=None, generator=None):
     """(loss in nats: a scalar Tensor, the new memory). tokens, targets [B, T]."""
@@ -510,19 +527,21 @@ class Adam:
         w -= lr weight_decay w                          matrices W_… only
         w -= lr [first / (1 - beta1^t)] / (sqrt(second / (1 - beta2^t)) + eps)
 
-    first and second are running means of the gradient and of its square. first / sqrt(second) is
-    near 1 or -1 for a number whose gradient stays the same, and near 0 where its sign keeps
-    changing, whatever the gradient's size. So a step is seldom more than lr.
+    first and second are running means of the gradient and of its square. first /
+    sqrt(second) is near 1 or -1 for a number whose gradient stays the same, and near 0
+    where its sign keeps changing, whatever the gradient's size. So a step is seldom more
+    than lr.
 
-    Both means start at 0. After t steps the weights of the gradients in them sum to 1 - beta^t, not
-    to 1. Dividing by that makes them true averages from the first step on.
+    Both means start at 0. After t steps the weights of the gradients in them sum to 1 -
+    beta^t, not to 1. Dividing by that makes them true averages from the first step on.
 
         average += max(1 / average_over, 10 / (9 + t)) (w - average)
 
-    At a high learning rate the weights jitter around the path they follow. Their running mean, over
-    a tenth of the steps but at most about average_over, predicts as well as w would after the
-    learning rate had been brought down (Polyak and Juditsky 1992). Training does not use it.
-    Evaluation does: `with adam.averaged():`. average_over=None: the average is w.
+    At a high learning rate the weights jitter around the path they follow. Their running
+    mean, over a tenth of the steps but at most about average_over, predicts as well as w
+    would after the learning rate had been brought down (Polyak and Juditsky 1992). Training
+    does not use it. Evaluation does: `with adam.averaged():`. average_over=None: the
+    average is w.
     """
 
     def __init__(self, parameters, lr=1e-3, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0,
@@ -531,12 +550,13 @@ class Adam:
         self.weight_decay, self.clip, self.average_over = weight_decay, clip, average_over
         self.t = 0
         self.first, self.second, self.average = (
-            {name: xp.zeros_like(w.data) for name, w in parameters.items()} for _ in range(3))
+            {name: xp.zeros_like(w.data) for name, w in parameters.items()}
+            for _ in range(3))
         if not average_over:
             self.average = {name: w.data for name, w in parameters.items()}
 
     def step(self, lr=None):
-        """Move the parameters by their `.grad`. Returns the gradient's norm before clipping."""
+        """Move the parameters by their `.grad`. Returns its norm before clipping."""
         self.t += 1
         moved = {name: w for name, w in self.parameters.items() if w.grad is not None}
         norm = xp.sqrt(xp.asarray(sum((w.grad * w.grad).sum() for w in moved.values())))
@@ -585,10 +605,10 @@ def decays(name):
 
 
 def warmup_cosine(step, steps, peak, warmup, final):
-    """The learning rate of step 0, 1, …: a line up to `peak`, then half a cosine down to `final`.
+    """The learning rate of step 0, 1, …: a line up to `peak`, half a cosine down to `final`.
 
-    The `warmup` steps are for `second`, which the first few gradients estimate badly. The later
-    fall lets the weights settle.
+    The `warmup` steps are for `second`, which the first few gradients estimate badly. The
+    later fall lets the weights settle.
 
     >>> rates = [warmup_cosine(step, 8, peak=1.0, warmup=2, final=0.1) for step in range(9)]
     >>> [round(rate, 3) for rate in rates]
@@ -607,9 +627,9 @@ def generate(model, prompt, length, temperature=1.0, top_k=None, top_p=None, rng
              mem_len=None):
     """Iterate over `length` tokens that continue `prompt`, a non-empty sequence of tokens.
 
-    temperature   divides the logits. Below 1 safer, above 1 more varied, 0: the likeliest token
+    temperature   divides the logits: below 1 safer, above 1 more varied, 0 the likeliest
     top_k         choose among the k likeliest only
-    top_p         choose among the fewest tokens whose probabilities reach p (Holtzman et al. 2020)
+    top_p         choose among the fewest whose probabilities reach p (Holtzman et al. 2020)
     rng           numpy.random.Generator; None: seed 0
     """
     rng = rng or numpy.random.default_rng(0)
@@ -618,7 +638,7 @@ def generate(model, prompt, length, temperature=1.0, top_k=None, top_p=None, rng
         raise ValueError("generate: the prompt must be a non-empty list of tokens, "
                          f"not of shape {list(prompt.shape)}")
     mem_len = model.config.mem_len if mem_len is None else mem_len
-    mem_len = min(mem_len, prompt.size + length)        # there will never be more to remember
+    mem_len = min(mem_len, prompt.size + length)        # there is never more to remember
     memory, seq_len = None, max(1, mem_len)
     for at in range(0, prompt.size, seq_len):
         with no_grad():
@@ -630,7 +650,7 @@ def generate(model, prompt, length, temperature=1.0, top_k=None, top_p=None, rng
         token = sample(to_numpy(logits), temperature, top_k, top_p, rng)
         yield token
         if n < length - 1:
-            logits = decoder(token)     # as model([[token]], memory), with the memory it returns
+            logits = decoder(token)     # those of model([[token]], memory)
 
 
 def sample(logits, temperature, top_k, top_p, rng):
@@ -639,7 +659,7 @@ def sample(logits, temperature, top_k, top_p, rng):
         return int(logits.argmax())
     order = numpy.argsort(-logits, kind="stable")[:top_k]           # the likeliest first
     logits = logits[order].astype(numpy.float64)
-    up_to = numpy.exp((logits - logits.max()) / temperature).cumsum()       # up_to[-1]: all of it
+    up_to = numpy.exp((logits - logits.max()) / temperature).cumsum()       # not yet over all
     if top_p is not None:
         up_to = up_to[:numpy.searchsorted(up_to, top_p * up_to[-1]) + 1]
     choice = numpy.searchsorted(up_to[:-1], rng.random() * up_to[-1], side="right")
@@ -647,13 +667,14 @@ def sample(logits, temperature, top_k, top_p, rng):
 
 
 # %% A. The same attention, faster
-# Two things are faster than in section 4. A layer normalisation's gain and bias are folded into the
-# matrices behind it. And the way from queries to mixed values is one operation, `attend`, with its
-# gradient written by hand. It keeps no [T, K] array but one, and works on a block of scores while
-# that is in the processor's cache. A test compares values and gradients with section 4.
+# Two things are faster than in section 4. A layer normalisation's gain and bias are folded
+# into the matrices behind it. And the way from queries to mixed values is one operation,
+# `attend`, with its gradient written by hand. It keeps no [T, K] array but one, and works
+# on a block of scores while that is in the processor's cache. A test compares values and
+# gradients with section 4.
 #
-# Softmax divides a row by its sum z. That division commutes with the product with the values, where
-# it costs d divisions a query instead of K:
+# Softmax divides a row by its sum z. That division commutes with the product with the
+# values, where it costs d divisions a query instead of K:
 #
 #     o = (E / z) values = (E values) / z        E = exp(score - the largest of the row)
 #
@@ -664,20 +685,21 @@ def sample(logits, temperature, top_k, top_p, rng):
 #     d_score = y (d_y - sum_k y_k d_y_k)                 the softmax
 #             = E (g/z · values - g/z · o)                because sum_k y_k d_y_k = g · o
 #
-# The largest score cancels in E / z, so it has no gradient. score = (q + u) k^T + shift(by_distance)
-# and by_distance = (q + v) r^T. d_by_distance is d_score shifted back, and
+# The largest score cancels in E / z, so it has no gradient. score = (q + u) k^T +
+# shift(by_distance) and by_distance = (q + v) r^T. d_by_distance is d_score shifted back,
+# and
 #
 #     d_k = d_score^T (q + u)             d_(q+u) = d_score k
 #     d_r = d_by_distance^T (q + v)       d_(q+v) = d_by_distance r
 #
-# d_q is the sum of both, d_u and d_v are the one and the other summed over all queries. In the code
-# q_u and q_v are (q + u) / sqrt(d) and (q + v) / sqrt(d). So d_k and d_r contain the factor, and
-# d_q, d_u and d_v get it at the end.
+# d_q is the sum of both, d_u and d_v are the one and the other summed over all queries. In
+# the code q_u and q_v are (q + u) / sqrt(d) and (q + v) / sqrt(d). So d_k and d_r contain
+# the factor, and d_q, d_u and d_v get it at the end.
 #
-# A block has some heads, some rows of the batch, some queries, and the keys that the last of these
-# can see. It is the same problem with fewer keys, whose distances are the last rows of r. Blocks
-# share keys and distances, so those gradients add up. The last queries, which see all keys, come
-# first: they write, and earlier queries add to a part.
+# A block has some heads, some rows of the batch, some queries, and the keys that the last
+# of these can see. It is the same problem with fewer keys, whose distances are the last
+# rows of r. Blocks share keys and distances, so those gradients add up. The last queries,
+# which see all keys, come first: they write, and earlier queries add to a part.
 
 class FasterAttention(RelativeMultiHeadAttention):
     """The same results. Attention dropout, where it acts, takes the way of section 4."""
@@ -701,16 +723,14 @@ QUERIES, SCORES = 64, 1 << 17       # of a block, at most: half a megabyte of fl
 
 
 def score_blocks(H, B, T, K):
-    """[((heads, rows, queries), keys), …]: slices. Where one head and sequence have more than
-    SCORES, so has a block. On a GPU everything is one block."""
-    heads_, rows, queries = H, B, T
+    """[((heads, rows, queries), keys), …] in slices. On a GPU everything is one block."""
+    h, b, t = H, B, T                       # how many a block has
     if xp.module is numpy:
-        queries = min(T, QUERIES)
-        heads_ = min(H, max(1, SCORES // (queries * K)))
-        rows = min(B, max(1, SCORES // (heads_ * queries * K)))
-    return [((slice(i, i + heads_), slice(j, j + rows), slice(t, t + queries)),
-             slice(0, min(K, K - T + t + queries)))
-            for i in range(0, H, heads_) for j in range(0, B, rows) for t in range(0, T, queries)]
+        t = min(T, QUERIES)
+        h = min(H, max(1, SCORES // (t * K)))
+        b = min(B, max(1, SCORES // (h * t * K)))
+    return [((slice(i, i + h), slice(j, j + b), slice(n, n + t)), slice(0, min(K, K - T + n + t)))
+            for i in range(0, H, h) for j in range(0, B, b) for n in range(0, T, t)]
 
 
 @op
@@ -758,7 +778,8 @@ def attend(q, kv, r, u, v, mask):
             d_score = g_z[block] @ values[i, j, seen].swapaxes(-1, -2)
             score_gradient(E, g_z_o[block], d_score)
             for d_x, scores, x in ((d_values, E, g_z), (d_keys, d_score, q_u)):
-                # scores^T x as (x^T scores)^T: CuPy copies what is transposed, and x is smaller.
+                # scores^T x as (x^T scores)^T: CuPy copies what is transposed, and x is
+                # smaller.
                 x_t = x[block].swapaxes(-1, -2)
                 if t.stop >= T:
                     xp.matmul(x_t, scores, out=d_x[i, j].swapaxes(-1, -2))
@@ -770,20 +791,20 @@ def attend(q, kv, r, u, v, mask):
             heads(d_q_v, H)[block] = (d_by_distance @ near).reshape(g_z[block].shape)
             d_near = flat(q_v[block]).swapaxes(-1, -2) @ d_by_distance
             d_r[i, K - seen.stop:] += d_near.swapaxes(-1, -2)
-        all_queries = xp.full(B * T, scale, dtype=o.dtype)      # a product with it is a sum, scaled
-        d_u, d_v = ((all_queries @ x.reshape(B * T, D)).reshape(H, d) for x in (d_q_u, d_q_v))
+        scales = xp.full(B * T, scale, dtype=o.dtype)           # a product with it is a sum
+        d_u, d_v = ((scales @ x.reshape(B * T, D)).reshape(H, d) for x in (d_q_u, d_q_v))
         return (d_q_u + d_q_v) * scale, d_kv, d_r.transpose(1, 0, 2).reshape(K, D), d_u, d_v
     return result(o, *jointly(gradients, q, kv, r, u, v))
 
 
 # %% B. Learned positions
-# The form of labml's implementation, after Shaw et al. 2018, who have terms (a) and (b). r is not
-# computed from waves but looked up in a learned table. v · r is a learned number for each distance
-# and head. That is more freedom at each distance. But nothing is known about distances that were
-# never trained; those beyond clamp_len use the table's last row.
+# The form of labml's implementation, after Shaw et al. 2018, who have terms (a) and (b). r
+# is not computed from waves but looked up in a learned table. v · r is a learned number for
+# each distance and head. That is more freedom at each distance. But nothing is known about
+# distances that were never trained; those beyond clamp_len use the table's last row.
 
 class LearnedPositions(FasterAttention):
-    """Attention whose `positions` are distances [K], each with a learned vector and bias."""
+    """Its `positions` are distances [K], each with a learned vector and bias for each head."""
 
     __call__ = RelativeMultiHeadAttention.__call__
 
@@ -793,17 +814,17 @@ class LearnedPositions(FasterAttention):
         self.bias = zeros((rows, H), dtype)
 
     def position_terms(self, positions):
-        r, v_r = self.table[positions], self.bias[positions]                    # [K, H, d], [K, H]
-        H = v_r.shape[1]
-        return r.transpose(1, 2, 0).reshape(H, 1, -1, len(positions)), v_r.T.reshape(H, 1, 1, -1)
+        (H, d), K = self.u.shape, len(positions)
+        r, v_r = self.table[positions], self.bias[positions]            # [K, H, d], [K, H]
+        return r.transpose(1, 2, 0).reshape(H, 1, d, K), v_r.T.reshape(H, 1, 1, K)
 
 
 # %% C. Adam, divided among processes
 class DividedAdam(Adam):
     """Adam on flat arrays: a dozen operations on long arrays instead of a dozen a parameter.
 
-    All parameters are moved into one array, flat["value"], of which each `.data` becomes a view.
-    So are first, second and average. All processes see these arrays.
+    All parameters are moved into one array, flat["value"], of which each `.data` becomes a
+    view. So are first, second and average. All processes see these arrays.
 
     parts   processes among which a batch is divided. Each `collect`s the gradients of its rows.
             `step` adds them up and updates the parameters, each process an equal share
@@ -811,8 +832,8 @@ class DividedAdam(Adam):
 
     def __init__(self, parameters, *arguments, parts=1, **options):
         super().__init__(parameters, *arguments, **options)
-        count, dtype = sum(w.size for w in parameters.values()), next(iter(parameters.values())).dtype
-        kinds = ("value", "first", "second", "average")
+        tensors, kinds = list(parameters.values()), ("value", "first", "second", "average")
+        count, dtype = sum(w.size for w in tensors), tensors[0].dtype
         self.flat = {kind: shared_zeros((count,), dtype) for kind in kinds}
         if not self.average_over:
             self.flat["average"] = self.flat["value"]
@@ -827,7 +848,7 @@ class DividedAdam(Adam):
             self.decayed[place] = decays(name)
 
     def collect(self, part, leaves):
-        """Make [(parameter, its gradient), …] the gradients of one part; the others are zero."""
+        """Make [(parameter, its gradient), …] those of one part; the others are zero."""
         if len(leaves) < len(self.places):
             self.gradient[part] = 0
         for w, g in leaves:
@@ -836,7 +857,8 @@ class DividedAdam(Adam):
     def step(self, lr=None, everywhere=None):
         """Adam's; with `everywhere` the gradients are those that were collected.
 
-        everywhere(function, …) calls function(part, …) for every part and returns the results.
+        everywhere(function, …) calls function(part, …) for every part and returns the
+        results.
         """
         if everywhere is None:
             self.collect(0, [(w, w.grad) for w in self.places if w.grad is not None])
@@ -876,15 +898,15 @@ class DividedAdam(Adam):
 
 
 # %% D. Generation, faster
-# A state in memory is a constant. So are its key and its value, while the weights stay as they are;
-# r, not the key, holds the position. Key and value are kept instead of the state. r and v · r, which
-# depend on the distance alone, are computed once. What is left for each token and layer is a
-# handful of products of a vector with a matrix, however long the text.
+# A state in memory is a constant. So are its key and its value, while the weights stay as
+# they are; r, not the key, holds the position. Key and value are kept instead of the state.
+# r and v · r, which depend on the distance alone, are computed once. What is left for each
+# token and layer is a handful of products of a vector with a matrix, however long the text.
 
 class CachedLayer:
-    """`layer` for one token at a time: x [D] -> [D]. It keeps keys and values of mem_len tokens.
+    """`layer` for one token at a time: x [D] -> [D]. It keeps keys and values.
 
-    memory [1, M, D] is what the layer has in memory at first.
+    memory [1, M, D] is what it has in memory at first, mem_len what it keeps at most.
     """
 
     def __init__(self, layer, memory, mem_len):
@@ -894,9 +916,10 @@ class CachedLayer:
         self.W_qkv = xp.concatenate([attention.W_q.data, attention.W_kv.data], axis=1)
         with no_grad():
             r, v_r = attention.position_terms(relative_positions(config, 1, mem_len, dtype))
-            self.r, self.v_r = r.data[:, 0], v_r.data[:, 0]             # of distances mem_len … 0
+            self.r, self.v_r = r.data[:, 0], v_r.data[:, 0]         # of distances mem_len … 0
             x = layer.attention_norm(Tensor(memory[0])).data if config.pre_norm else memory[0]
-        # Room for twice the memory and one: when it is full, the latter half moves to the front.
+        # Room for twice the memory and one: when it is full, the latter half moves to the
+        # front.
         self.cache, self.end = xp.zeros((2, H, 2 * mem_len + 1, d), dtype=dtype), len(x)
         kv = (x @ attention.W_kv.data).reshape(self.end, 2, H, d)
         self.cache[:, :, :self.end] = kv.transpose(1, 2, 0, 3)
@@ -919,10 +942,10 @@ class CachedLayer:
         self.end += 1
         K = min(M + 1, self.end)
         seen = slice(self.end - K, self.end)
-        q = qkv[0][:, None]                                                         # [H, 1, d]
-        score = (q + attention.u.data[:, None]) @ self.keys[:, seen].swapaxes(1, 2)     # (a) (c)
-        score += q @ self.r[:, :, M + 1 - K:]                                           # (b)
-        score += self.v_r[:, :, M + 1 - K:]                                             # (d)
+        q, k = qkv[0][:, None], self.keys[:, seen].swapaxes(1, 2)       # [H, 1, d], [H, d, K]
+        score = (q + attention.u.data[:, None]) @ k                     # (a) + (c)   [H, 1, K]
+        score += q @ self.r[:, :, M + 1 - K:]                           # (b)
+        score += self.v_r[:, :, M + 1 - K:]                             # (d)
         weights = xp.exp((score - score.max(axis=-1, keepdims=True)) * (1 / math.sqrt(d)))
         weights /= weights.sum(axis=-1, keepdims=True)
         return (weights @ self.values[:, seen]).reshape(H * d) @ attention.W_o.data
@@ -943,10 +966,11 @@ def normed(x, norm, eps=1e-5):
 
 
 class Decoder:
-    """A model that reads token by token: decoder(token) is the logits [V] of model([[token]], …).
+    """A model that reads token by token: decoder(token) gives the logits [V].
 
-    It begins with what the model has read before: `memory`, N arrays [1, M, D], M at most mem_len.
-    The weights must stay as they are meanwhile. Its size is constant, however much it reads.
+    It begins with what the model has read before: `memory`, N arrays [1, M, D], M at most
+    mem_len. The weights must stay as they are meanwhile. Its size is constant, however much
+    it reads.
     """
 
     def __init__(self, model, memory, mem_len):
@@ -965,10 +989,11 @@ class Decoder:
 
 # %% E. What layers attend to
 def attention_by_distance(model, tokens, memory):
-    """How far back each layer looks: [N, K], element x the mean weight of keys x tokens back.
+    """How far back each layer looks: [N, K], the mean weight of keys 0, 1, … tokens back.
 
-    The mean is over heads, sequences and those queries of `tokens` [B, T] that have so many keys
-    before them. `memory` as in a call of the model; with same_length give at least T states.
+    The mean is over heads, sequences and those queries of `tokens` [B, T] that have so many
+    keys before them. `memory` as in a call of the model; with same_length give at least T
+    states.
     """
     T, M, config, rows = tokens.shape[1], memory[0].shape[1], model.config, []
     window = max(M, T)
@@ -993,13 +1018,14 @@ def check_config(config):
         kind, value = field.type, getattr(config, field.name)
         kind = int | float if kind is float else kind
         if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
-            raise ValueError(f"{field.name} must be {getattr(kind, '__name__', kind)}, not {value!r}")
+            kind = getattr(kind, "__name__", kind)
+            raise ValueError(f"{field.name} must be {kind}, not {value!r}")
     for names, holds, what in (
             ("vocab_size n_layer n_head d_model d_ff", lambda n: n >= 1, "at least 1"),
             ("mem_len clamp_len", lambda n: n is None or n >= 0, "at least 0"),
             ("dropout attn_dropout", lambda p: 0 <= p < 1, "in [0, 1)"),
             ("positions", ("sinusoid", "learned").__contains__, "'sinusoid' or 'learned'"),
-            ("activation", ("relu", "squared_relu").__contains__, "'relu' or 'squared_relu'")):
+            ("activation", ("relu", "squared_relu").__contains__, "'relu', 'squared_relu'")):
         for name in names.split():
             if not holds(getattr(config, name)):
                 raise ValueError(f"{name} must be {what}, not {getattr(config, name)!r}")
@@ -1026,8 +1052,8 @@ def checked_call(model, tokens, memory):
 
 
 # %% G. The paper and other code
-# "The authors' code" is the PyTorch half of github.com/kimiyoung/transformer-xl, "labml" the
-# annotated implementation at nn.labml.ai/transformers/xl.
+# "The authors' code" is the PyTorch half of github.com/kimiyoung/transformer-xl, "labml"
+# the annotated implementation at nn.labml.ai/transformers/xl.
 #
 #     here                        the authors' code               labml
 #     u and v in every layer      one pair for all layers         in every layer
@@ -1073,12 +1099,12 @@ def print_example():
     row("sin(x)", R[:, 0])
     row("cos(x)", R[:, 1])
 
-    states = numpy.array([[[1, 0], [0, 1], [1, 1], [1, -1], [-1, 1]]], dtype=float64)   # i r s t _
+    states = numpy.array([[[1., 0], [0, 1], [1, 1], [1, -1], [-1, 1]]])     # of i r s t _
     attention = RelativeMultiHeadAttention(config, numpy.random.default_rng(0), float64)
     for W in (attention.W_q, attention.W_kv, attention.W_r, attention.W_o):
         W.data[...] = xp.tile(xp.eye(2), W.shape[1] // 2)
-    attention.u.data[...], attention.v.data[...] = xp.asarray([0.5, 0]), xp.asarray([0, 0.5])
     q, k, u, v = states[0, 3], states[0], numpy.array([0.5, 0]), numpy.array([0, 0.5])
+    attention.u.data[...], attention.v.data[...] = xp.asarray(u), xp.asarray(v)
     mask, x = hidden_keys(T, M), Tensor(xp.asarray(states))
     by_distance = Tensor(xp.asarray(numpy.tile(R @ q + R @ v, (T, 1))))
     shifted = rel_shift(by_distance).numpy()[1, :4]
