@@ -2,20 +2,22 @@
 """A reverse-mode autograd in one file.
 
 Training needs the gradient of one number, the loss, with respect to a million parameters.
-The chain rule can be multiplied out from either end. Forward mode follows one parameter a
-pass: a million parameters, a million passes. Reverse mode starts at the loss and needs
-one pass in all. That pass takes about twice as long as computing the loss. Its price is
-memory: each intermediate result is kept until the backward pass has used it.
+The chain rule can be multiplied out from either end. Forward mode needs one pass for each
+parameter. Reverse mode starts at the loss and needs one pass in all, which takes about
+twice as long as computing the loss. Its price is memory: results that gradients need are
+kept until then.
 
     1. one gradient      Tensor, an operation, and backward() on a single product
     2. the graph         how backward() finds its way, and where it stops
     3. the operations    value and gradient side by side, in the order of difficulty
     4. the notation      NumPy's operators and methods on Tensor
     5. the proof         check_gradients: every gradient against finite differences
-    6. faster            the same operations, as the model uses them
+    6. faster            forms of operations that save time
     7. a walk through    what `python autograd.py` prints
 
-`xp` is the array library, NumPy or CuPy. It and a few helpers come from backend.py.
+From backend.py: `xp` is the array library, NumPy or CuPy. `@op` registers an operation, and
+makes its errors name it. row_sums(x) is x.sum(axis=-1, keepdims=True), and row_dots(x, y)
+that of x y.
 """
 import builtins
 import contextlib
@@ -27,26 +29,26 @@ import threading
 
 import numpy
 
-from backend import (OPS, DeviceError, first_gradient, normalise_gradient, numeric_array,
-                     op, row_dots, row_sums, same_dtype, shared_zeros, to_numpy, use_device, xp)
+from backend import (first_gradient, jointly, normalise_gradient, numeric_array, op, row_dots,
+                     row_sums, same_dtype, to_numpy, use_device, xp)
 
 
 # %% 1. One gradient
-# Let y = f(x) be one step on the way to the loss L. dL/dy is an array of y's shape: it
-# says how much L grows when an element of y grows by a little. The chain rule carries it
-# back to x:
+# Let y = f(x) be one step on the way to the loss L. dL/dy is an array of y's shape. It says
+# how much L grows when an element of y grows by a little. The chain rule carries it back to
+# x:
 #
 #     y = f(x)          dL/dx = dL/dy dy/dx
 #
 # In this file g stands for dL/dy. An operation computes y. Beside it stands, for each
-# operand x, its *gradient function*: it takes g and returns dL/dx. Of y = x w these are g
-# w and g x.
+# operand x, its *gradient function*: it takes g and returns dL/dx. Example: y = x w. The
+# gradient function of x returns g w, that of w returns g x.
 
 class Tensor:
     """An array that knows how it was computed.
 
     data            an array of the current device's library; lists and numbers become one
-    requires_grad   True for a parameter, and for everything computed from one
+    requires_grad   True for a parameter, and for what is computed from one
     grad            of a parameter after L.backward(): dL/d(data), an array like `data`.
                     A further backward() adds to it. None before the first
     """
@@ -60,9 +62,9 @@ class Tensor:
         self._node = None               # its place in the graph, if an operation made it
 
     def backward(self, gradient=None):
-        """Add dL/dp to p.grad, for every parameter p that this Tensor L was computed from.
+        """Add dL/dp to p.grad, for every parameter p that this Tensor was computed from.
 
-        gradient   dL/d(this), where this is not L itself but an array on the way to it
+        gradient   dL/d(this Tensor); not needed where this Tensor is L
 
         >>> w, x = Tensor([3.0], requires_grad=True), Tensor([4.0])
         >>> multiply(w, x).backward()
@@ -76,14 +78,14 @@ class Tensor:
 @op
 def multiply(a, b):
     """a b, element by element."""
-    x, y = arrays(a, b)                 # the operands' arrays, of one dtype
-    return result(x * y, (a, lambda g: g * y), (b, lambda g: g * x))
+    x, w = arrays(a, b)                 # the operands' arrays, of one dtype
+    return result(x * w, (a, lambda g: g * w), (b, lambda g: g * x))
 
 
 # %% 2. The graph
-# An operation returns a Tensor with a node. The node lists pairs: an operand's node, and
-# the function that carries the gradient back to it. Each pair is an edge. A Tensor
-# without a node is a leaf: a parameter, or a constant.
+# What is computed from a parameter gets a node. The node lists pairs: an operand's node,
+# and the gradient function that carries g back to it. Each pair is an edge. A parameter or
+# a constant has no node, it is a leaf. A leaf stands in the pair itself.
 #
 #     x ──┐
 #         ├─ multiply ── y ── sum ── L       L.backward() walks the edges, right to left
@@ -92,12 +94,12 @@ def multiply(a, b):
 # A value that is used twice influences L along two paths. The chain rule for several
 # paths is a sum, so gradients add where paths meet.
 #
-# Nodes hold no arrays. A gradient function refers to the arrays that it needs. Any other
-# array is freed as soon as the program forgets its Tensor. Nothing is copied: who changes
-# an array in place before backward() falsifies the gradients.
+# A node does not hold its result's array. A gradient function holds the arrays that it
+# needs. Any other array is freed as soon as the program forgets its Tensor. Nothing is
+# copied: do not change an array in place before backward(), or the gradients are wrong.
 
 class _State(threading.local):
-    recording = True            # each thread has its own; no_grad() sets it
+    recording = True                    # each thread has its own; no_grad() sets it
 
 
 _state, _serial = _State(), itertools.count()
@@ -134,9 +136,9 @@ def result(data, *edges):
 def leaf_gradients(root, gradient=None):
     """The backward pass: [(leaf, its gradient), …] for every leaf that requires a gradient.
 
-    A node is visited when its gradient is complete, which is after everything computed
-    from it. Operands are created first. So visiting the youngest node reached gives this
-    order. It needs no recursion, which in Python ends at a depth of a thousand.
+    A node's gradient is complete when all that was computed from it has been visited. That
+    is younger than the node. So the youngest node reached is always complete. This needs no
+    recursion, which in Python ends at a depth of a thousand.
     """
     gradients = {root._node or root: first_gradient(root, gradient)}        # dL/dL = 1
     reached = [(-root._node.number, root._node)] if root._node else []      # youngest first
@@ -144,8 +146,8 @@ def leaf_gradients(root, gradient=None):
         _, node = heapq.heappop(reached)
         g = gradients.pop(node)
         if node.edges is None:
-            raise RuntimeError("backward: this graph was released by an earlier backward(); "
-                               "compute the value again")
+            raise RuntimeError("backward: this graph was released by an earlier "
+                               "backward(); compute the value again")
         for operand, gradient_function in node.edges:
             part = unbroadcast(gradient_function(g), operand.shape)
             if operand not in gradients:
@@ -155,7 +157,7 @@ def leaf_gradients(root, gradient=None):
             else:                       # not +=: another operand may have the same array
                 gradients[operand] = gradients[operand] + part
         node.edges = None               # released: frees what the gradient functions held
-    return list(gradients.items())      # the leaves are left
+    return list(gradients.items())      # nodes were popped, the leaves are left
 
 
 def unbroadcast(g, shape):
@@ -198,8 +200,6 @@ def no_grad():
 
 
 # %% 3. The operations
-# Three helpers first: operands' arrays, and gradients that several operands have in common.
-
 def value_of(operand):
     return operand.data if isinstance(operand, Tensor) else operand
 
@@ -209,50 +209,34 @@ def arrays(*operands):
     return same_dtype([value_of(operand) for operand in operands])
 
 
-def jointly(function, *operands):
-    """Edges to operands whose gradients have much in common: `function` of g returns them all.
-
-    backward() calls all edges of a result with the same g, so the first call serves the
-    others.
-    """
-    gradients = []
-
-    def gradient(i, g):
-        if not gradients:
-            gradients.append(function(g))
-        return gradients[0][i]
-    return [(operand, functools.partial(gradient, i)) for i, operand in enumerate(operands)]
-
-
-# Arithmetic: elementwise, with broadcasting. The rules are those of a first calculus
-# course.
+# Arithmetic: elementwise, with broadcasting.
 
 @op
 def add(a, b):
-    x, y = arrays(a, b)
-    return result(x + y, (a, lambda g: g), (b, lambda g: g))
+    x, w = arrays(a, b)
+    return result(x + w, (a, lambda g: g), (b, lambda g: g))
 
 
 @op
 def subtract(a, b):
-    x, y = arrays(a, b)
-    return result(x - y, (a, lambda g: g), (b, lambda g: -g))
+    x, w = arrays(a, b)
+    return result(x - w, (a, lambda g: g), (b, lambda g: -g))
 
 
 @op
 def divide(a, b):
-    x, y = arrays(a, b)
-    return result(x / y, (a, lambda g: g / y), (b, lambda g: -g * (x / y) / y))
+    x, w = arrays(a, b)
+    return result(x / w, (a, lambda g: g / w), (b, lambda g: -g * (x / w) / w))
 
 
 @op
 def power(a, b):
     """a ** b. d/da = b a^(b-1), 0 where b = 0. d/db = a^b log a, 0 where a = 0."""
-    x, y = arrays(a, b)
-    x = x if hasattr(x, "dtype") else xp.full((), x, dtype=xp.result_type(x, y))
-    z = x ** y
-    return result(z, (a, lambda g: g * y * x ** (y - (y != 0))),
-                  (b, lambda g: g * z * xp.log(xp.where(x == 0, xp.ones_like(z), x))))
+    x, w = arrays(a, b)
+    x = x if hasattr(x, "dtype") else xp.full((), x, dtype=xp.result_type(x, w))
+    y = x ** w
+    return result(y, (a, lambda g: g * w * x ** (w - (w != 0))),        # 0 ** -1 does not occur
+                  (b, lambda g: g * y * xp.log(xp.where(x == 0, xp.ones_like(y), x))))
 
 
 # Functions of one number. Each gradient needs x or y, and only that array is kept.
@@ -287,15 +271,15 @@ def squared_relu(a):
     return result(y * y, (a, lambda g: 2 * g * y))
 
 
-# Selection and shape. These move numbers, so their gradients move g back the same way.
-# What was left out gets zero. What was used twice gets a sum.
+# Selection and shape. These move numbers, so g is moved back to where the numbers came
+# from. What was left out gets zero. What was used twice gets a sum.
 
 @op
 def where(condition, a, b):
     """a where the boolean `condition` holds, else b."""
     condition = xp.asarray(value_of(condition)).astype(bool, copy=False)
-    x, y = arrays(a, b)
-    return result(xp.where(condition, x, y), (a, lambda g: xp.where(condition, g, 0)),
+    x, w = arrays(a, b)
+    return result(xp.where(condition, x, w), (a, lambda g: xp.where(condition, g, 0)),
                   (b, lambda g: xp.where(condition, 0, g)))
 
 
@@ -346,7 +330,7 @@ def concatenate(tensors, axis=0):
     xs = arrays(*tensors)
     *cuts, _ = itertools.accumulate(x.shape[axis] for x in xs)
     return result(xp.concatenate(xs, axis=axis),
-                  *jointly(lambda g: xp.split(g, cuts, axis=axis), *tensors))
+                  *jointly(lambda g: xp.split(g, cuts, axis=axis), *tensors))   # one split for all
 
 
 @op
@@ -357,9 +341,8 @@ def astype(a, dtype):
     return result(y, *([(a, lambda g: g.astype(before))] if y.dtype.kind == "f" else []))
 
 
-# Reductions. Every element that was summed gets the sum's g. `axis` is None for all, an
-# integer or a tuple. (In this file `sum` and `max` are these, and Python's own are in
-# `builtins`.)
+# Reductions. `axis` is None for all, an integer or a tuple. Every element that was summed
+# gets the sum's g. In this file `sum` and `max` are these; Python's own are in `builtins`.
 
 def _spread(shape, axis, keepdims):
     """A function that repeats g along the axes that were reduced: a view of `shape`."""
@@ -379,7 +362,7 @@ def sum(a, axis=None, keepdims=False):
 def mean(a, axis=None, keepdims=False):
     x, = arrays(a)
     total = sum(a, axis=axis, keepdims=keepdims)
-    return total * (total.size / (x.size or 1))
+    return total * (total.size / (x.size or 1))     # of x.size / total.size elements each
 
 
 @op
@@ -410,7 +393,7 @@ def matmul(a, b):
         return index(row, (..., 0) if w.ndim == 1 else (..., 0, slice(None)))
     if w.ndim == 1:                                 # a vector on the right is a column
         return index(matmul(a, reshape(b, (-1, 1))), (..., 0))
-    if w.ndim == 2:                                 # one matrix for a stack: one product
+    if w.ndim == 2:                                 # a stack's rows all meet w: one product
         rows, m, shape = math.prod(x.shape[:-1]), w.shape[1], x.shape
         flat = x.reshape(rows, shape[-1])
         return result((flat @ w).reshape(shape[:-1] + (m,)),
@@ -431,14 +414,15 @@ def embedding(table, ids):
     if ids.dtype.kind not in "iu":
         raise TypeError(f"ids must be integers, not {ids.dtype}")
     shape = x.shape
-    return result(x[ids], (table, lambda g: sum_by_id(g, ids, shape)))
+    return result(x[ids], (table, lambda g: sum_by_id(g, ids, shape)))      # xp.add.at, section 6
 
 
-# The softmax and its relatives. With y = softmax(x), y[i] = exp(x[i]) / sum_j exp(x[j]):
+# The softmax and its relatives. With y = softmax(x), y[j] = exp(x[j]) / sum_k exp(x[k]):
 #
 #     log y[j] = x[j] - log sum_k exp(x[k])       d log y[j] / dx[i] = 1[i = j] - y[i]
 #
-# So dy[j]/dx[i] = y[j] (1[i = j] - y[i]), and summed over all j
+# So dy[j]/dx[i] = y[j] (1[i = j] - y[i]). L depends on x[i] through every y[j], so these
+# add:
 #
 #     dL/dx[i] = sum_j g[j] dy[j]/dx[i] = y[i] (g[i] - sum_j g[j] y[j])
 #
@@ -458,9 +442,10 @@ def softmax(a, mask=None):
     limits = xp.finfo(x.dtype)
     if mask is not None:
         x = xp.where(mask, x.dtype.type(-math.inf), x)
-    y = x - xp.maximum(x.max(axis=-1, keepdims=True), limits.min)   # not inf - inf
+    # A row that is masked everywhere: no -inf - -inf, and no 0 / 0.
+    y = x - xp.maximum(x.max(axis=-1, keepdims=True), limits.min)
     xp.exp(y, out=y)
-    y /= xp.maximum(row_sums(y), limits.tiny)                       # not 0 / 0
+    y /= xp.maximum(row_sums(y), limits.tiny)
     return result(y, (a, lambda g: (g - row_dots(g, y)) * y))
 
 
@@ -515,8 +500,9 @@ def cross_entropy(logits, targets):
 #                 = s (1[i = j] - 1/n - z[j] z[i] / n)
 #     dL/dx[i] = sum_j g[j] dz[j]/dx[i] = s (g[i] - mean(g) - z[i] mean(g z))
 #
-# (eps keeps a constant row from a division by 0.) Shifting or stretching a row leaves z
-# as it is. So the gradient is orthogonal to (1, …, 1) and, but for eps, to x - mean.
+# eps keeps a constant row from a division by 0. Shifting a row, or stretching it about its
+# mean, leaves z as it is, but for eps. So L does not change along (1, …, 1) and along
+# x - mean, and dL/dx is orthogonal to both.
 
 @op
 def normalise(a, eps=1e-5):
@@ -527,7 +513,7 @@ def normalise(a, eps=1e-5):
     s = 1 / xp.sqrt(row_dots(z, z) / n + eps)
     z *= s
 
-    def gradient(g):                                # s (g - mean(g) - z mean(g z))
+    def gradient(g):                    # s (g - mean(g) - z mean(g z)); z's factor is negative
         return normalise_gradient(g, z, s, row_sums(g) / n, row_dots(g, z) / -n)
     return result(z, (a, gradient))
 
@@ -570,7 +556,7 @@ Tensor.__truediv__, Tensor.__rtruediv__ = divide, lambda self, other: divide(oth
 Tensor.__pow__, Tensor.__rpow__ = power, lambda self, other: power(other, self)
 Tensor.__matmul__, Tensor.__rmatmul__ = matmul, lambda self, other: matmul(other, self)
 Tensor.__neg__, Tensor.__getitem__ = negative, index
-Tensor.__array_ufunc__ = None                       # array * tensor is the Tensor's business
+Tensor.__array_ufunc__ = None                       # array * tensor calls Tensor.__rmul__
 Tensor.__len__ = lambda self: len(self.data)
 Tensor.__repr__ = lambda self: (
     f"Tensor({self.data!r}{', requires_grad=True' if self.requires_grad else ''})")
@@ -658,18 +644,17 @@ def check_gradients(f, inputs, eps=1e-5, rtol=1e-6, atol=1e-7, samples=None, see
 
 
 # %% 6. The same operations, faster
-# Nothing new is computed here. Each function names the plain operation that it equals,
-# and a test compares the two.
+# Each function names what it equals, and a test compares the two.
 
 @op
 def linear(a, weight, bias, before=None):
     """a @ weight + bias; with `before` concatenate([before, a], axis=1) @ weight + bias.
 
-    a [..., n], weight [n, m], bias [m]. The sum goes into the product's array. The
-    gradient of bias is a product with ones. Both save passes over memory.
+    a [..., n], weight [n, m], bias [m]. The bias is added in place. Its gradient is a
+    product of ones with g. Each saves a pass over the arrays.
 
-    before   a constant [B, M, n] in front of a [B, T, n]: Transformer-XL's memory. It gets no
-             gradient, which saves a product, but contributes to those of weight and bias
+    before   a constant [B, M, n] that precedes a [B, T, n]: Transformer-XL's memory. Its rows count
+             in the gradients of weight and bias. It gets none itself, which saves a product
     """
     x, w, b = arrays(a, weight, bias)
     shape, M = x.shape, 0
@@ -694,9 +679,9 @@ def fold(gain, bias, weight):
 
         W' = diag(gain) weight          b' = bias weight
 
-    Gain and bias of a layer normalisation are the same for all rows. So the small matrix
-    behind it can take them up. These are operations of the graph, which finds their
-    gradients.
+    Gain and bias of a layer normalisation are the same for all rows. So the matrix that
+    multiplies next can absorb them. fold is made of operations, so backward() reaches gain,
+    bias and weight.
     """
     return reshape(gain, (-1, 1)) * weight, bias @ weight
 
@@ -704,7 +689,7 @@ def fold(gain, bias, weight):
 def sum_by_id(g, ids, shape):
     """Zeros of `shape` [V, D], to whose row ids[i] every g[i] is added: xp.add.at.
 
-    To pick rows is to multiply with a matrix of zeros and ones, a row for each id. Its
+    A product with a matrix of zeros and ones, a row for each id, picks the same rows. Its
     gradient is the transposed matrix times g. For a small table that is several times
     faster.
     """
@@ -730,7 +715,7 @@ def walk_through():
     print("\n2. Softmax and cross-entropy: what the model believes, minus what was true.")
     logits = Tensor([[2.0, 1.0, 0.0]], requires_grad=True)
     cross_entropy(logits, [1]).backward()
-    print(f"   softmax      {softmax(logits.detach()).numpy()[0].round(4)}\n"
+    print(f"   softmax      {softmax(logits).numpy()[0].round(4)}\n"
           f"   gradient     {logits.grad[0].round(4)}   target 1")
 
     print("\n3. The proof, for a layer normalisation between two products.")
@@ -740,7 +725,7 @@ def walk_through():
     error = check_gradients(lambda x, W, a, b, V: layer_norm(x @ W, a, b) @ V, inputs)
     numbers = builtins.sum(x.size for x in inputs)
     print(f"   largest difference over {numbers} numbers: {error:.1e}")
-    print("   and for x^2 with the factor 2 forgotten, weighted at random:")
+    print("   x^2 with the factor 2 forgotten (a random weight multiplies both numbers):")
     try:
         check_gradients(lambda x: result(x.data ** 2, (x, lambda g: g * x.data)),
                         [Tensor([3.0], requires_grad=True)])

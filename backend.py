@@ -8,6 +8,7 @@ plain meaning, and the other files rely on no more than that:
     to_numpy(x)                x as a NumPy array
     numeric_array(x, …)        xp.asarray(x)
     first_gradient(y, g)       g, or 1 where it is None
+    jointly(f, a, b, …)        (a, lambda g: f(g)[0]), (b, lambda g: f(g)[1]), …
     shared_zeros(shape, t)     xp.zeros(shape, t)
     op(f)                      f, with errors that name it
     same_dtype(values)         the values as arrays of one dtype
@@ -168,6 +169,21 @@ def first_gradient(root, gradient):
         raise ValueError(f"backward: gradient of shape {list(gradient.shape)} "
                          f"for a result of shape {list(root.shape)}")
     return gradient
+
+
+def jointly(function, *operands):
+    """The pairs (operand, its gradient function) where `function` of g returns all gradients.
+
+    backward() calls all gradient functions of a result with the same g. So the first call
+    serves the others.
+    """
+    gradients = []
+
+    def gradient(i, g):
+        if not gradients:
+            gradients.append(function(g))
+        return gradients[0][i]
+    return [(operand, functools.partial(gradient, i)) for i, operand in enumerate(operands)]
 
 
 def same_dtype(values):

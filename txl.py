@@ -1,21 +1,22 @@
 # %% Transformer-XL
 """Transformer-XL (Dai et al. 2019, arXiv 1901.02860), from the idea to generated text.
 
-The question. A language model predicts each token from the tokens before it. A Transformer does
-so by attention over a window of T tokens, and a text is longer than any window. Cut the text
-into segments of T, train on each by itself, and two things go wrong. Nothing further back than
-T can ever be used. And the first tokens of every segment are predicted from almost nothing,
-although the text before them has just been read.
+Attention, for whom it is new. Each token has a state, a vector; at first this is its
+embedding, which is learned. Three learned matrices make a query of it, what the token looks
+for; a key, what it offers; and a value, what it passes on. A query's dot products with all
+keys up to its own are its scores. Softmax turns scores into weights. The token gets the sum
+of the values, each times its weight; a fourth matrix turns this into a change of its state.
+Several heads do this side by side, each with its share of the width. A layer is attention,
+then a small network for each token.
 
-(Attention, for whom it is new. Each token has a state, a vector; at first this is its embedding,
-which is learned. Three learned matrices make a query of it, what the token looks for; a key,
-what it offers; and a value, what it passes on. A query's dot products with all keys up to its
-own are its scores. Softmax turns scores into weights. The token receives the values in these
-proportions, through a fourth matrix. Several heads do this side by side, each with its share of
-the width. A layer is attention, then a small network for each token.)
+The question. A language model predicts each token from the tokens before it. A Transformer
+does so by attention over a window of T tokens, and a text is longer than any window. Cut
+the text into segments of T, train on each by itself, and two things go wrong. Nothing
+further back than T can ever be used. And the first tokens of every segment are predicted
+from almost nothing, although the text before them has just been read.
 
-The answer. Keep the states that entered each layer for the last M tokens, and let the same layer
-attend to them in the next segment. With segments of T = 3 tokens and a memory of M = 2:
+The answer. Each layer keeps its inputs of the last M tokens, and attends to them in the
+next segment as well. With segments of T = 3 tokens, a memory of M = 2, and _ for a space:
 
                            segment 1     segment 2     segment 3
     output of layer 2      .  .  .       .  .  .       .  .  O
@@ -25,17 +26,22 @@ attend to them in the next segment. With segments of T = 3 tokens and a memory o
     embeddings             .  m  m       o  o  o       .  .  .
                            F  i  r       s  t  _       C  i  t
 
-The state O attended to the three o of its own segment and to the two m, layer 2's memory. The
-newest m was made one segment earlier in the same way: from the three o below it, and the two m
-on their left, which were layer 1's memory then. So O knows of "ir" and "st_".
+The state O attended to the three o of its own segment and to the two m on their left, layer
+2's memory. The right one of these was made one segment earlier in the same way: from the
+three o below it, and the two m on their left, which were layer 1's memory then. So O knows
+of "ir" and "st_". Information flows along all lines, gradients only within the segment
+being trained.
 
-Information flows along all lines, gradients only within the segment being trained. Each layer
-reaches one memory further back: N layers see N M tokens beyond their segment if M is a multiple
-of T. In general it is M + (N - 1) T ceil(M / T), here 2 + 3, because a state in memory has seen
-its own segment from the beginning. Each token is computed once. The cost: attention over M + T
-keys instead of T, M states a layer to keep, and no learning of what is good to keep.
+How far does O see? Layer 2's memory reaches back 2 tokens, to t. The state of t has seen
+its segment from the beginning, from s. From there layer 1's memory reaches 2 further, to i.
+That is 2 + 3 tokens beyond O's segment. N layers see M + (N - 1) T ceil(M / T) tokens
+beyond. If M is a multiple of T, this is N M.
 
-The sections follow this example, "First Cit". Lines behind a bar are what `python txl.py` prints.
+Each token is computed once. The cost: attention over M + T keys instead of T, M states a
+layer to keep, and no learning of what is good to keep.
+
+The sections follow this example, "First_Cit". Lines behind a bar are printed by `python
+txl.py`.
 
     1. memory   2. relative positions   3. the shift   4. attention   5. the layer
     6. the model   7. the loss   8. Adam   9. generation
@@ -51,10 +57,11 @@ Letters for shapes and sizes:
 
 To change …              touch …
     the positions        a subclass like LearnedPositions (B), relative_positions (2), Config (6)
-    the optimiser        a class with DividedAdam's methods (C); one line of train_shakespeare.py
-    the layer            Layer (5), and CachedLayer (D), which generates
-    the corpus           nothing here: train_shakespeare.py --data FILE
-    the precision        dtype of TransformerXL (6); for products in another one `linear` and
+    the optimiser        a subclass of DividedAdam (C) with an `update` of its own, and the line
+                         that makes it in train_shakespeare.py
+    the layer            Layer (5), parameter_count (6), and CachedLayer (D), which generates
+    the corpus           nothing: train_shakespeare.py --data FILE
+    the precision        dtype of TransformerXL (6); to multiply in another one: `linear` and
                          `matmul` of autograd.py, and `attend` (A)
 """
 import contextlib
@@ -64,10 +71,10 @@ import math
 import numpy
 
 from autograd import (Tensor, arrays, concatenate, cross_entropy, dropout, embedding, fold,
-                      jointly, layer_norm, linear, no_grad, normalise, op, relu, result,
-                      softmax, squared_relu, stop_gradient)
-from backend import (add_to_scores, row_dots, row_sums, score_gradient, shared_zeros, to_numpy,
-                     xp)
+                      layer_norm, linear, no_grad, normalise, relu, result, softmax,
+                      squared_relu, stop_gradient)
+from backend import (add_to_scores, jointly, op, row_dots, row_sums, score_gradient,
+                     shared_zeros, to_numpy, xp)
 
 
 # %% 1. Memory
@@ -76,7 +83,7 @@ from backend import (add_to_scores, row_dots, row_sums, score_gradient, shared_z
 #
 # So parameters get a gradient for the use they make of memory in this segment, and none for
 # having made it in an earlier one. That gradient would say what is good to store. But it
-# would need the graph of the whole text; without it the cost of a segment is constant.
+# would need the graph of the whole text. Without it the cost of a segment is constant.
 #
 # Memory starts empty and grows to mem_len states. With T = 3 and mem_len = 2:
 #
@@ -88,10 +95,10 @@ from backend import (add_to_scores, row_dots, row_sums, score_gradient, shared_z
 # Row b of the memory belongs to row b of the batch. So row b of the next segment must be
 # the text that follows.
 #
-# No parameter's shape depends on M. A model can be evaluated with a longer memory than it
-# was trained with. To evaluate a text is one pass over it: every token is computed once,
-# and yet sees at least the M tokens before it. A window that slides by one token computes M
-# + 1 for each.
+# No parameter's shape depends on M, so a model can be evaluated with a longer memory than
+# it was trained with. To evaluate a text is one pass over it. Every token is computed once,
+# and sees, once memory is full, at least the M tokens before it. A window that slides by
+# one token computes a whole window of states for each token.
 
 def update_memory(memory, x, mem_len):
     """The last mem_len states of memory and x: [B, M, D], [B, T, D] -> [B, ≤ mem_len, D].
@@ -121,14 +128,13 @@ def update_memory(memory, x, mem_len):
 #     query t          3    2    1    0    .
 #     query _          4    3    2    1    0
 #
-# The visible distances are 0 … K-1. Each gets a vector R, made of waves: sines, then
-# cosines.
+# The visible distances are 0 … K-1. Each distance x gets a vector R[x] of D numbers, made
+# of waves:
 #
 #     R[x] = [sin(x w_0), sin(x w_1), …, cos(x w_0), cos(x w_1), …]     w_n = 10000^(-2n / D)
 #
 # Fast waves tell near distances apart, slow ones far distances (Vaswani et al. 2017,
-# section 3.5, there with sines and cosines in turns). The example has D = 2, which is one
-# wave:
+# section 3.5). The example has D = 2, which is one wave:
 #
 #   |  x                 4      3      2      1      0
 #   |  sin(x)        -0.76   0.14   0.91   0.84   0.00
@@ -172,14 +178,14 @@ def hidden_keys(T, M, window=None):
 
 
 # %% 3. The shift
-# Query i scores key j with a vector that belongs to their distance. There are T K pairs but
-# only K distances. So all queries are multiplied with all K vectors, in one matrix product.
-# Its columns stand for distances, the same in every row: 4 3 2 1 0. Attention needs columns
-# that stand for keys. For that, row i must move left by T-1-i: the last row stays, the
-# first moves furthest.
+# Query i scores key j with a vector that belongs to their distance. There are T K pairs,
+# but only K distances. So all queries are multiplied with all K vectors, in one matrix
+# product. Its columns stand for distances, the same in every row: 4 3 2 1 0. Attention
+# needs columns that stand for keys. For that, row i must move left by T-1-i. The last row
+# stays, the first moves furthest.
 #
 # This needs no loop. Write the rows one behind the other, in one line. Row i begins at
-# place i K. Moved left by T-1-i it begins at i K + T-1-i = T-1 + i (K-1): the first row at
+# place i K. Moved left it begins at i K + T-1-i, which is T-1 + i (K-1): the first row at
 # place T-1, each further one K-1 places after the one before. Here each number is a
 # distance:
 #
@@ -219,16 +225,16 @@ def shift_back(g):
         return g                                    # the only row is the last, which stays
     back = xp.empty((*batch, T, K), dtype=g.dtype)
     line = back.reshape(*batch, T * K)
-    line[..., :T - 1] = line[..., -1] = 0           # the last: for the sum below
-    shifted_rows(back, K - 1)[...] = g[..., :-1]    # all but the last: these do not overlap
-    line[..., T + K - 2::K - 1] += g[..., -1]
+    line[..., :T - 1] = line[..., -1] = 0           # places that no number is written to
+    shifted_rows(back, K - 1)[...] = g[..., :-1]    # without the last column rows do not overlap
+    line[..., T + K - 2::K - 1] += g[..., -1]       # the last column, where the next row begins
     return back
 
 
 # %% 4. Attention
 # With absolute positions p, query i scores key j with (x_i + p_i) W_q · (x_j + p_j) W_k,
-# where x is content. Multiplied out, these are four terms (A^abs, the paper's section 3.3).
-# Transformer-XL keeps all four, in every layer, and replaces what is absolute (A^rel):
+# where x is content. Multiplied out, these are four terms (section 3.3 of the paper).
+# Transformer-XL keeps all four, in every layer, and replaces what is absolute:
 #
 #            absolute                    relative
 #     (a)    x_i W_q · x_j W_k           q · k      what i looks for, against what j offers
@@ -236,30 +242,34 @@ def shift_back(g):
 #     (c)    p_i W_q · x_j W_k           u · k      what j offers, to any query
 #     (d)    p_i W_q · p_j W_k           v · r      how far away j is, for any query
 #
-# q = x_i W_q and k = x_j W_k stay. The key's place becomes the distance from i to j: r = R
-# W_r, with a matrix of its own. The query's place says nothing once distances are relative.
-# It becomes a learned constant: u where it meets content, v where it meets distance. It is
-# two vectors because what they meet comes from two matrices.
+# q = x_i W_q and k = x_j W_k stay. The key's place becomes the distance x between both:
+# r = R[x] W_r, with a matrix of its own. The query's place says nothing once distances are
+# relative. It becomes a learned constant: u where it meets content, v where it meets
+# distance. It is two vectors because what they meet comes from two matrices.
 #
 #     score = [ (q + u) · k + q · r + v · r ] / sqrt(d)
 #
-# The sum of d products of independent numbers of size 1 has a size of about sqrt(d).
-# Divided by it, scores stay small, and a softmax of large scores would be almost a choice
-# of one key.
+# A sum of d products of independent numbers of size 1 has a size of about sqrt(d). Divided
+# by that, scores stay small. (A softmax of large scores would be almost a choice of one
+# key.)
 #
-# Query t of the example, with one head of d = 2 numbers. Matrices are the identity, so that
-# states are queries, keys and values, and R is r. Then q = (1, -1), u = (0.5, 0), v = (0,
-# 0.5) and
+# The query "t" of the example, with one head of d = 2 numbers. All matrices are the
+# identity. So states are queries, keys and values, and r is R[x]. q = (1, -1),
+# u = (0.5, 0), v = (0, 0.5):
 #
-#   |  key               i      r      s      t      _
-#   |  k = value      1  0   0  1   1  1   1 -1  -1  1
-#   |  (a) q · k      1.00  -1.00   0.00   2.00  -2.00
-#   |  (c) u · k      0.50   0.00   0.50   0.50  -0.50
 #   |  distance          4      3      2      1      0
 #   |  (b) q · r     -0.10   1.13   1.33   0.30  -1.00
 #   |  (d) v · r     -0.33  -0.49  -0.21   0.27   0.50
 #   |  (b) + (d)     -0.43   0.64   1.12   0.57  -0.50
-#   |  shifted        0.64   1.12   0.57  -0.50
+#
+# These columns stand for distances. "t" is row 1, which moves left by one. Then they stand
+# for keys, and (a) and (c) join in:
+#
+#   |  key               i      r      s      t      _
+#   |  (b) + (d)      0.64   1.12   0.57  -0.50
+#   |  k = value      1  0   0  1   1  1   1 -1  -1  1
+#   |  (a) q · k      1.00  -1.00   0.00   2.00  -2.00
+#   |  (c) u · k      0.50   0.00   0.50   0.50  -0.50
 #   |  score          1.51   0.08   0.76   1.41
 #   |  weight         0.38   0.09   0.18   0.35   0.00
 #   |  output         0.91  -0.08
@@ -287,7 +297,7 @@ class RelativeMultiHeadAttention:
     def __call__(self, x, memory, positions, mask, generator=None, norm=None):
         """x [B, T, D], memory [B, M, D] -> [B, T, D].
 
-        positions   R [K, D], of `relative_positions`
+        positions   what `relative_positions` returns
         mask        [T, K] booleans, True where hidden
         generator   random numbers for dropout, or None
         norm        the layer normalisation of x and memory that comes first, or None
@@ -328,9 +338,9 @@ def heads(x, H):
 
 
 # Parameters start as random numbers from NumPy's generator on every device, so that a seed
-# means one model. With the spread 1 / sqrt(3 n) a product over n inputs is about 0.6 times
-# the size of its input. W_o and W_2 start smaller by sqrt(2 N): their results are added to
-# a token's state 2 N times (as in GPT-2).
+# means one model. With a standard deviation of 1 / sqrt(3 n), a product over n inputs is
+# about 0.6 times the size of its input. W_o and W_2 start smaller by sqrt(2 N), as in
+# GPT-2, because their results are added to a token's state 2 N times.
 
 def weight(rng, shape, dtype, scale=1.0):
     """A parameter [inputs, …]: normal numbers of standard deviation scale / sqrt(3 inputs)."""
@@ -377,7 +387,7 @@ class Layer:
     """One layer: x [B, T, D] and its memory [B, M, D] -> [B, T, D]."""
 
     def __init__(self, config, rng, dtype):
-        # FasterAttention (appendix A) computes what RelativeMultiHeadAttention computes.
+        # FasterAttention (A) computes what RelativeMultiHeadAttention computes.
         attention = LearnedPositions if config.positions == "learned" else FasterAttention
         self.config = config
         self.attention = attention(config, rng, dtype)
@@ -419,8 +429,7 @@ class Config:
     clamp_len: int | None = None    # a larger distance counts as this one; None: no limit
     activation: str = "relu"        # of the feed-forward network; or "squared_relu"
     same_length: bool = False       # a query sees at most mem_len keys before itself; False:
-                                    # False: the whole memory and all of its segment before
-                                    # it
+                                    # the whole memory, and its segment up to itself
 
     def __post_init__(self):
         check_config(self)                                      # appendix F
@@ -527,21 +536,20 @@ class Adam:
         w -= lr weight_decay w                          matrices W_… only
         w -= lr [first / (1 - beta1^t)] / (sqrt(second / (1 - beta2^t)) + eps)
 
-    first and second are running means of the gradient and of its square. first /
-    sqrt(second) is near 1 or -1 for a number whose gradient stays the same, and near 0
-    where its sign keeps changing, whatever the gradient's size. So a step is seldom more
-    than lr.
+    first and second are running means of the gradient and of its square. For a number whose
+    gradient stays the same, first / sqrt(second) is near 1 or -1, whatever the gradient's
+    size. Where its sign keeps changing it is near 0. So a step is seldom more than lr.
 
-    Both means start at 0. After t steps the weights of the gradients in them sum to 1 -
-    beta^t, not to 1. Dividing by that makes them true averages from the first step on.
+    Both means start at 0. After t steps the shares of the gradients in them sum to
+    1 - beta^t, not to 1. Dividing by that makes them true averages from the first step on.
 
         average += max(1 / average_over, 10 / (9 + t)) (w - average)
 
-    At a high learning rate the weights jitter around the path they follow. Their running
-    mean, over a tenth of the steps but at most about average_over, predicts as well as w
+    At a high learning rate w jitters around the path that it follows. Its running mean,
+    over a tenth of the steps and at most about average_over, predicts about as well as w
     would after the learning rate had been brought down (Polyak and Juditsky 1992). Training
-    does not use it. Evaluation does: `with adam.averaged():`. average_over=None: the
-    average is w.
+    does not use it. Evaluation does, with `with adam.averaged():`. Where average_over is
+    None the average is w.
     """
 
     def __init__(self, parameters, lr=1e-3, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0,
@@ -639,7 +647,7 @@ def generate(model, prompt, length, temperature=1.0, top_k=None, top_p=None, rng
                          f"not of shape {list(prompt.shape)}")
     mem_len = model.config.mem_len if mem_len is None else mem_len
     mem_len = min(mem_len, prompt.size + length)        # there is never more to remember
-    memory, seq_len = None, max(1, mem_len)
+    memory, seq_len = None, max(1, mem_len)             # segments: little space, few steps
     for at in range(0, prompt.size, seq_len):
         with no_grad():
             segment = xp.asarray(prompt[None, at:at + seq_len])
@@ -659,7 +667,7 @@ def sample(logits, temperature, top_k, top_p, rng):
         return int(logits.argmax())
     order = numpy.argsort(-logits, kind="stable")[:top_k]           # the likeliest first
     logits = logits[order].astype(numpy.float64)
-    up_to = numpy.exp((logits - logits.max()) / temperature).cumsum()       # not yet over all
+    up_to = numpy.exp((logits - logits.max()) / temperature).cumsum()   # up to a factor
     if top_p is not None:
         up_to = up_to[:numpy.searchsorted(up_to, top_p * up_to[-1]) + 1]
     choice = numpy.searchsorted(up_to[:-1], rng.random() * up_to[-1], side="right")
@@ -668,13 +676,13 @@ def sample(logits, temperature, top_k, top_p, rng):
 
 # %% A. The same attention, faster
 # Two things are faster than in section 4. A layer normalisation's gain and bias are folded
-# into the matrices behind it. And the way from queries to mixed values is one operation,
-# `attend`, with its gradient written by hand. It keeps no [T, K] array but one, and works
-# on a block of scores while that is in the processor's cache. A test compares values and
-# gradients with section 4.
+# into the matrices behind it. And all from queries to mixed values is one operation,
+# `attend`, with its gradient written by hand. Of all arrays [T, K] it keeps only E, and it
+# works on a block of scores while that is in the processor's cache. A test compares values
+# and gradients with section 4.
 #
-# Softmax divides a row by its sum z. That division commutes with the product with the
-# values, where it costs d divisions a query instead of K:
+# Softmax divides a row by its sum z. That division can wait until the values are mixed,
+# where it costs d divisions a query instead of K:
 #
 #     o = (E / z) values = (E values) / z        E = exp(score - the largest of the row)
 #
@@ -685,21 +693,22 @@ def sample(logits, temperature, top_k, top_p, rng):
 #     d_score = y (d_y - sum_k y_k d_y_k)                 the softmax
 #             = E (g/z · values - g/z · o)                because sum_k y_k d_y_k = g · o
 #
-# The largest score cancels in E / z, so it has no gradient. score = (q + u) k^T +
-# shift(by_distance) and by_distance = (q + v) r^T. d_by_distance is d_score shifted back,
-# and
+# The largest score cancels in E / z, so it has no gradient. With q_u = (q + u) / sqrt(d)
+# and q_v = (q + v) / sqrt(d) the score is
 #
-#     d_k = d_score^T (q + u)             d_(q+u) = d_score k
-#     d_r = d_by_distance^T (q + v)       d_(q+v) = d_by_distance r
+#     score = q_u k^T + shift(by_distance)                by_distance = q_v r^T
 #
-# d_q is the sum of both, d_u and d_v are the one and the other summed over all queries. In
-# the code q_u and q_v are (q + u) / sqrt(d) and (q + v) / sqrt(d). So d_k and d_r contain
-# the factor, and d_q, d_u and d_v get it at the end.
+# d_by_distance is d_score shifted back, and
+#
+#     d_k = d_score^T q_u                 d_q_u = d_score k
+#     d_r = d_by_distance^T q_v           d_q_v = d_by_distance r
+#     d_q = (d_q_u + d_q_v) / sqrt(d)     d_u and d_v: the one and the other, over all queries
 #
 # A block has some heads, some rows of the batch, some queries, and the keys that the last
 # of these can see. It is the same problem with fewer keys, whose distances are the last
-# rows of r. Blocks share keys and distances, so those gradients add up. The last queries,
-# which see all keys, come first: they write, and earlier queries add to a part.
+# rows of r. Blocks share keys and distances, so those gradients add up. The gradient takes
+# the blocks in reverse: the last queries see all keys and write every place, earlier ones
+# add to a part.
 
 class FasterAttention(RelativeMultiHeadAttention):
     """The same results. Attention dropout, where it acts, takes the way of section 4."""
@@ -719,7 +728,7 @@ class FasterAttention(RelativeMultiHeadAttention):
         return linear(x, W_q, b_q), linear(x, W_kv, b_kv, before=memory.data)
 
 
-QUERIES, SCORES = 64, 1 << 17       # of a block, at most: half a megabyte of float32
+QUERIES, SCORES = 64, 1 << 17       # of a block: about half a megabyte of float32
 
 
 def score_blocks(H, B, T, K):
@@ -758,7 +767,7 @@ def attend(q, kv, r, u, v, mask):
         E = q_u[block] @ keys[i, j, seen].swapaxes(-1, -2)
         by_distance = flat(q_v[block]) @ R[i, K - seen.stop:].swapaxes(-1, -2)
         position = shifted_rows(by_distance.reshape(E.shape), seen.stop)
-        add_to_scores(position, minus_infinity[t, seen], E)
+        add_to_scores(position, minus_infinity[t, seen], E)     # E += both
         E -= E.max(axis=-1, keepdims=True)
         xp.exp(E, out=E)
         z[block] = row_sums(E)
@@ -776,7 +785,7 @@ def attend(q, kv, r, u, v, mask):
         for (block, seen), E in zip(reversed(blocks), reversed(numerators)):
             i, j, t = block
             d_score = g_z[block] @ values[i, j, seen].swapaxes(-1, -2)
-            score_gradient(E, g_z_o[block], d_score)
+            score_gradient(E, g_z_o[block], d_score)        # E (d_score - g_z_o), in place
             for d_x, scores, x in ((d_values, E, g_z), (d_keys, d_score, q_u)):
                 # scores^T x as (x^T scores)^T: CuPy copies what is transposed, and x is
                 # smaller.
@@ -798,13 +807,14 @@ def attend(q, kv, r, u, v, mask):
 
 
 # %% B. Learned positions
-# The form of labml's implementation, after Shaw et al. 2018, who have terms (a) and (b). r
-# is not computed from waves but looked up in a learned table. v · r is a learned number for
-# each distance and head. That is more freedom at each distance. But nothing is known about
-# distances that were never trained; those beyond clamp_len use the table's last row.
+# The form of labml's implementation (see G), after Shaw et al. 2018, who have terms (a) and
+# (b). r is not computed from waves but looked up in a learned table. v · r is a learned
+# number for each distance and head. That is more freedom at each distance. But nothing is
+# known about distances that were never trained. Those beyond clamp_len use the table's last
+# row.
 
 class LearnedPositions(FasterAttention):
-    """Its `positions` are distances [K], each with a learned vector and bias for each head."""
+    """Its `positions` are distances [K]. Only `project` is that of FasterAttention."""
 
     __call__ = RelativeMultiHeadAttention.__call__
 
@@ -848,17 +858,17 @@ class DividedAdam(Adam):
             self.decayed[place] = decays(name)
 
     def collect(self, part, leaves):
-        """Make [(parameter, its gradient), …] those of one part; the others are zero."""
+        """Store one part's gradients, [(parameter, gradient), …]; the others are zero."""
         if len(leaves) < len(self.places):
             self.gradient[part] = 0
         for w, g in leaves:
             self.gradient[part, self.places[w]] = g.reshape(-1)
 
     def step(self, lr=None, everywhere=None):
-        """Adam's; with `everywhere` the gradients are those that were collected.
+        """Adam's step. With `everywhere` the gradients have been collected already.
 
-        everywhere(function, …) calls function(part, …) for every part and returns the
-        results.
+        everywhere(function, …) returns [function(part, …) for every part]. Without it this
+        process does all parts, with the parameters' `.grad`.
         """
         if everywhere is None:
             self.collect(0, [(w, w.grad) for w in self.places if w.grad is not None])
@@ -878,7 +888,7 @@ class DividedAdam(Adam):
         return [slice(at, min(at + length, end)) for at in range(start, end, length)]
 
     def add_up(self, part):
-        """Add all parts' gradients into row 0, of one share; the sum of their squares."""
+        """In one share: add all parts' gradients into row 0. Returns its squares' sum."""
         squares = 0.0
         for block in self.blocks(part):
             g = self.gradient[0, block]
@@ -899,7 +909,7 @@ class DividedAdam(Adam):
 
 # %% D. Generation, faster
 # A state in memory is a constant. So are its key and its value, while the weights stay as
-# they are; r, not the key, holds the position. Key and value are kept instead of the state.
+# they are: r holds the position, not the key. Key and value are kept instead of the state.
 # r and v · r, which depend on the distance alone, are computed once. What is left for each
 # token and layer is a handful of products of a vector with a matrix, however long the text.
 
@@ -998,7 +1008,7 @@ def attention_by_distance(model, tokens, memory):
     T, M, config, rows = tokens.shape[1], memory[0].shape[1], model.config, []
     window = max(M, T)
     with no_grad():
-        _, inputs = model(tokens, memory, mem_len=window)       # a memory ends with the input
+        _, inputs = model(tokens, memory, mem_len=window)   # the last T are a layer's input
         positions = relative_positions(config, T, M, model.dtype)
         mask = hidden_keys(T, M, window if config.same_length else None)
         distance = key_distances(T, M)
@@ -1007,7 +1017,7 @@ def attention_by_distance(model, tokens, memory):
             q, kv = layer.attention.project(x[:, x.shape[1] - T:], past, norm)
             q, k = heads(q, config.n_head), heads(kv[..., :config.d_model], config.n_head)
             weights = layer.attention.weights(q, k, positions, mask).data.mean(axis=(0, 1))
-            rows.append([weights[distance == x].mean().item() for x in range(M + T)])
+            rows.append([weights[distance == n].mean().item() for n in range(M + T)])
     return numpy.array(rows)
 
 
@@ -1111,15 +1121,16 @@ def print_example():
     weights = attention.weights(heads(x[:, M:], 1), heads(x, 1), positions, mask)
     output = attention(x[:, M:], x[:, :M], positions, mask)
     print()
-    row("key", text[1:6], ">7")
-    row("k = value", (f"{a:.0f} {b:2.0f}" for a, b in k), ">7")
-    row("(a) q · k", k @ q)
-    row("(c) u · k", k @ u)
     row("distance", distances, "7")
     row("(b) q · r", R @ q)
     row("(d) v · r", R @ v)
     row("(b) + (d)", R @ q + R @ v)
-    row("shifted", shifted)
+    print()
+    row("key", text[1:6], ">7")
+    row("(b) + (d)", shifted)
+    row("k = value", (f"{a:.0f} {b:2.0f}" for a, b in k), ">7")
+    row("(a) q · k", k @ q)
+    row("(c) u · k", k @ u)
     row("score", (k[:4] @ (q + u) + shifted) / math.sqrt(2))
     row("weight", weights.numpy()[0, 0, 1])
     row("output", output.numpy()[0, 1])

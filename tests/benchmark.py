@@ -32,6 +32,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import numpy
 
 import autograd
+import backend
 import txl
 from autograd import leaf_gradients, no_grad, xp
 from backend import Workers, keep_freed_memory, row_parts
@@ -171,7 +172,7 @@ def profile(c, threads, steps, warmup):
         name = f"{running[-1][0]}, backward"
         return plain(data, *((operand, timed(name, gradient)) for operand, gradient in edges))
     replaced = [(owner, attribute, value, timed(name, value))
-                for name, operation in autograd.OPS.items()
+                for name, operation in backend.OPS.items()
                 for owner in (autograd, txl, autograd.Tensor)
                 for attribute, value in vars(owner).items() if value is operation]
     replaced += [(autograd, "result", plain, result), (txl, "result", plain, result),

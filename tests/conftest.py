@@ -16,6 +16,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import pytest
 
 import autograd
+import backend
 
 
 def pytest_addoption(parser):
@@ -26,7 +27,7 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     try:
         autograd.use_device(config.getoption("--device"))
-    except autograd.DeviceError as error:
+    except backend.DeviceError as error:
         raise pytest.UsageError(str(error)) from None
 
 

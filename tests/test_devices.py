@@ -36,7 +36,7 @@ def cuda_device():
     try:
         use_device("gpu")
         return True
-    except autograd.DeviceError:
+    except backend.DeviceError:
         return False
     finally:
         xp.module = before

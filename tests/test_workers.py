@@ -6,8 +6,8 @@ import signal
 import numpy
 import pytest
 
-from autograd import Tensor, leaf_gradients, shared_zeros, tanh, to_numpy, xp
-from backend import DeviceError, Workers, row_parts
+from autograd import Tensor, leaf_gradients, tanh, to_numpy, xp
+from backend import DeviceError, Workers, row_parts, shared_zeros
 
 pytestmark = pytest.mark.skipif(xp.module is not numpy,
                                 reason="a GPU takes the whole batch at once")
