@@ -128,20 +128,20 @@ def update_memory(memory, x, mem_len):
 #     query t          3    2    1    0    .
 #     query _          4    3    2    1    0
 #
-# The visible distances are 0 … K-1. Each distance x gets a vector R[x] of D numbers, made
+# The visible distances are 0 … K-1. Each distance n gets a vector R[n] of D numbers, made
 # of waves:
 #
-#     R[x] = [sin(x w_0), sin(x w_1), …, cos(x w_0), cos(x w_1), …]     w_n = 10000^(-2n / D)
+#     R[n] = [sin(n w_0), sin(n w_1), …, cos(n w_0), cos(n w_1), …]     w_f = 10000^(-2f / D)
 #
 # Fast waves tell near distances apart, slow ones far distances (Vaswani et al. 2017,
 # section 3.5). The example has D = 2, which is one wave:
 #
-#   |  x                 4      3      2      1      0
-#   |  sin(x)        -0.76   0.14   0.91   0.84   0.00
-#   |  cos(x)        -0.65  -0.99  -0.42   0.54   1.00
+#   |  n                 4      3      2      1      0
+#   |  sin(n)        -0.76   0.14   0.91   0.84   0.00
+#   |  cos(n)        -0.65  -0.99  -0.42   0.54   1.00
 
 def sinusoid(distances, d_model, dtype=numpy.float32):
-    """R of the paper: [K] distances -> [K, D]."""
+    """R of the paper: distances [K] -> [K, D]."""
     w = 10000.0 ** (-xp.arange(0, d_model, 2, dtype=numpy.float64) / d_model)
     angle = distances[:, None] * w[None, :]
     return xp.concatenate([xp.sin(angle), xp.cos(angle)], axis=-1).astype(dtype)
@@ -242,8 +242,8 @@ def shift_back(g):
 #     (c)    p_i W_q · x_j W_k           u · k      what j offers, to any query
 #     (d)    p_i W_q · p_j W_k           v · r      how far away j is, for any query
 #
-# q = x_i W_q and k = x_j W_k stay. The key's place becomes the distance x between both:
-# r = R[x] W_r, with a matrix of its own. The query's place says nothing once distances are
+# q = x_i W_q and k = x_j W_k stay. The key's place becomes the distance n between both:
+# r = R[n] W_r, with a matrix of its own. The query's place says nothing once distances are
 # relative. It becomes a learned constant: u where it meets content, v where it meets
 # distance. It is two vectors because what they meet comes from two matrices.
 #
@@ -254,10 +254,10 @@ def shift_back(g):
 # key.)
 #
 # The query "t" of the example, with one head of d = 2 numbers. All matrices are the
-# identity. So states are queries, keys and values, and r is R[x]. q = (1, -1),
+# identity. So states are queries, keys and values, and r is R[n]. q = (1, -1),
 # u = (0.5, 0), v = (0, 0.5):
 #
-#   |  distance          4      3      2      1      0
+#   |  distance n        4      3      2      1      0
 #   |  (b) q · r     -0.10   1.13   1.33   0.30  -1.00
 #   |  (d) v · r     -0.33  -0.49  -0.21   0.27   0.50
 #   |  (b) + (d)     -0.43   0.64   1.12   0.57  -0.50
@@ -1105,9 +1105,9 @@ def print_example():
     positions = relative_positions(config, T, M, float64)
     R, distances = positions.numpy(), range(T + M - 1, -1, -1)
     print()
-    row("x", distances, "7")
-    row("sin(x)", R[:, 0])
-    row("cos(x)", R[:, 1])
+    row("n", distances, "7")
+    row("sin(n)", R[:, 0])
+    row("cos(n)", R[:, 1])
 
     states = numpy.array([[[1., 0], [0, 1], [1, 1], [1, -1], [-1, 1]]])     # of i r s t _
     attention = RelativeMultiHeadAttention(config, numpy.random.default_rng(0), float64)
@@ -1121,7 +1121,7 @@ def print_example():
     weights = attention.weights(heads(x[:, M:], 1), heads(x, 1), positions, mask)
     output = attention(x[:, M:], x[:, :M], positions, mask)
     print()
-    row("distance", distances, "7")
+    row("distance n", distances, "7")
     row("(b) q · r", R @ q)
     row("(d) v · r", R @ v)
     row("(b) + (d)", R @ q + R @ v)
