@@ -3,9 +3,8 @@
 
 Training needs the gradient of one number, the loss, with respect to a million parameters.
 The chain rule can be multiplied out from either end. Forward mode needs one pass for each
-parameter. Reverse mode starts at the loss and needs one pass in all, which takes about
-twice as long as computing the loss. Its price is memory: results that gradients need are
-kept until then.
+parameter. Reverse mode starts at the loss and needs one pass in all, which takes about twice
+as long as computing the loss. Its price is memory: what gradients need is kept until then.
 
     1. one gradient      Tensor, an operation, and backward() on a single product
     2. the graph         how backward() finds its way, and where it stops
@@ -16,8 +15,8 @@ kept until then.
     7. a walk through    what `python autograd.py` prints
 
 From backend.py: `xp` is the array library, NumPy or CuPy. `@op` registers an operation, and
-makes its errors name it. row_sums(x) is x.sum(axis=-1, keepdims=True), and row_dots(x, y)
-that of x y.
+makes its errors name it. row_sums(x) is x.sum(axis=-1, keepdims=True), row_dots(x, y) is
+row_sums(x * y).
 """
 import builtins
 import contextlib
@@ -83,9 +82,9 @@ def multiply(a, b):
 
 
 # %% 2. The graph
-# What is computed from a parameter gets a node. The node lists pairs: an operand's node,
-# and the gradient function that carries g back to it. Each pair is an edge. A parameter or
-# a constant has no node, it is a leaf. A leaf stands in the pair itself.
+# The result of an operation gets a node, if any operand needs a gradient. The node lists
+# pairs: the node of such an operand, and the gradient function that carries g back to it.
+# Each pair is an edge. A parameter has no node. It is a leaf, and stands in the pair itself.
 #
 #     x ──┐
 #         ├─ multiply ── y ── sum ── L       L.backward() walks the edges, right to left
@@ -94,9 +93,9 @@ def multiply(a, b):
 # A value that is used twice influences L along two paths. The chain rule for several
 # paths is a sum, so gradients add where paths meet.
 #
-# A node does not hold its result's array. A gradient function holds the arrays that it
-# needs. Any other array is freed as soon as the program forgets its Tensor. Nothing is
-# copied: do not change an array in place before backward(), or the gradients are wrong.
+# A node does not hold its result's array. A gradient function holds the arrays that it needs,
+# not copies. Any other array is freed as soon as the program forgets its Tensor. Do not change
+# an array in place before backward(), or the gradients are wrong.
 
 class _State(threading.local):
     recording = True                    # each thread has its own; no_grad() sets it
@@ -136,9 +135,10 @@ def result(data, *edges):
 def leaf_gradients(root, gradient=None):
     """The backward pass: [(leaf, its gradient), …] for every leaf that requires a gradient.
 
-    A node's gradient is complete when all that was computed from it has been visited. That
-    is younger than the node. So the youngest node reached is always complete. This needs no
-    recursion, which in Python ends at a depth of a thousand.
+    A node's gradient is complete when all that was computed from it has been visited. All of
+    that is younger. And what is not reached yet will be reached from a younger node still. So
+    the youngest node reached is always complete. This needs no recursion, which in Python ends
+    at a depth of a thousand.
     """
     gradients = {root._node or root: first_gradient(root, gradient)}        # dL/dL = 1
     reached = [(-root._node.number, root._node)] if root._node else []      # youngest first
@@ -205,7 +205,8 @@ def value_of(operand):
 
 
 def arrays(*operands):
-    """The operands' arrays. They get one dtype; float32 beside float64 is a TypeError."""
+    """The operands' arrays, with one dtype: float32 beside float64 is a TypeError. Integers
+    take the floating-point dtype beside them; Python numbers stay as they are."""
     return same_dtype([value_of(operand) for operand in operands])
 
 
@@ -235,7 +236,7 @@ def power(a, b):
     x, w = arrays(a, b)
     x = x if hasattr(x, "dtype") else xp.full((), x, dtype=xp.result_type(x, w))
     y = x ** w
-    return result(y, (a, lambda g: g * w * x ** (w - (w != 0))),        # 0 ** -1 does not occur
+    return result(y, (a, lambda g: g * w * x ** (w - (w != 0))),        # w = 0: not 0 ** -1
                   (b, lambda g: g * y * xp.log(xp.where(x == 0, xp.ones_like(y), x))))
 
 
@@ -253,6 +254,7 @@ def elementary(name, f, of_x=None, of_y=None):
 
 
 negative = elementary("negative", lambda x: -x, of_y=lambda y, g: -g)
+# (lambda x: xp.exp(x), not xp.exp: the library may change.)
 exp = elementary("exp", lambda x: xp.exp(x), of_y=lambda y, g: g * y)
 log = elementary("log", lambda x: xp.log(x), of_x=lambda x, g: g / x)
 sqrt = elementary("sqrt", lambda x: xp.sqrt(x), of_y=lambda y, g: g / (2 * y))
@@ -329,13 +331,14 @@ def index(a, key):
 def concatenate(tensors, axis=0):
     xs = arrays(*tensors)
     *cuts, _ = itertools.accumulate(x.shape[axis] for x in xs)
+    # jointly: the edges to all operands, whose gradients one call computes.
     return result(xp.concatenate(xs, axis=axis),
-                  *jointly(lambda g: xp.split(g, cuts, axis=axis), *tensors))   # one split for all
+                  *jointly(lambda g: xp.split(g, cuts, axis=axis), *tensors))
 
 
 @op
 def astype(a, dtype):
-    """The only way to change a floating-point dtype. The gradient has the operand's."""
+    """The only way to change a floating-point dtype. The gradient gets the operand's dtype."""
     x, = arrays(a)
     y, before = x.astype(dtype), x.dtype
     return result(y, *([(a, lambda g: g.astype(before))] if y.dtype.kind == "f" else []))
@@ -362,7 +365,7 @@ def sum(a, axis=None, keepdims=False):
 def mean(a, axis=None, keepdims=False):
     x, = arrays(a)
     total = sum(a, axis=axis, keepdims=keepdims)
-    return total * (total.size / (x.size or 1))     # of x.size / total.size elements each
+    return total * (total.size / (x.size or 1))     # each sums x.size / total.size elements
 
 
 @op
@@ -405,10 +408,7 @@ def matmul(a, b):
 
 @op
 def embedding(table, ids):
-    """table[ids]: rows of table [V, D] picked by integers [...], [..., D].
-
-    A row that was picked several times gets the sum of its gradients.
-    """
+    """Rows of `table`, picked by `ids`: table [V, D], integers ids [...] -> [..., D]."""
     x, = arrays(table)
     ids = xp.asarray(value_of(ids))
     if ids.dtype.kind not in "iu":
@@ -442,10 +442,9 @@ def softmax(a, mask=None):
     limits = xp.finfo(x.dtype)
     if mask is not None:
         x = xp.where(mask, x.dtype.type(-math.inf), x)
-    # A row that is masked everywhere: no -inf - -inf, and no 0 / 0.
-    y = x - xp.maximum(x.max(axis=-1, keepdims=True), limits.min)
+    y = x - xp.maximum(x.max(axis=-1, keepdims=True), limits.min)   # not -inf - -inf
     xp.exp(y, out=y)
-    y /= xp.maximum(row_sums(y), limits.tiny)
+    y /= xp.maximum(row_sums(y), limits.tiny)                       # not 0 / 0
     return result(y, (a, lambda g: (g - row_dots(g, y)) * y))
 
 
@@ -490,13 +489,13 @@ def cross_entropy(logits, targets):
 
 
 # Layer normalisation (Ba et al. 2016) gives every row of n numbers mean 0 and variance 1.
-# Then come a learned gain and a learned bias. With z = (x - mean) s and s = 1 /
-# sqrt(variance + eps):
+# Then come a learned gain and a learned bias. With s = 1 / sqrt(variance + eps) and
+# z = (x - mean) s:
 #
 #     dvariance/dx[i] = 2/n (x[i] - mean) = 2/n z[i] / s
 #         The mean's dependence on x[i] contributes 0, because deviations sum to 0.
 #     ds/dx[i] = -1/2 s^3 dvariance/dx[i] = -s^2 z[i] / n
-#     dz[j]/dx[i] = s (1[i = j] - 1/n) + z[j]/s ds/dx[i]
+#     dz[j]/dx[i] = s (1[i = j] - 1/n) + (z[j] / s) ds/dx[i]
 #                 = s (1[i = j] - 1/n - z[j] z[i] / n)
 #     dL/dx[i] = sum_j g[j] dz[j]/dx[i] = s (g[i] - mean(g) - z[i] mean(g z))
 #
@@ -513,7 +512,7 @@ def normalise(a, eps=1e-5):
     s = 1 / xp.sqrt(row_dots(z, z) / n + eps)
     z *= s
 
-    def gradient(g):                    # s (g - mean(g) - z mean(g z)); z's factor is negative
+    def gradient(g):                    # s (g - mean(g) + z (-mean(g z))), in one pass on a GPU
         return normalise_gradient(g, z, s, row_sums(g) / n, row_dots(g, z) / -n)
     return result(z, (a, gradient))
 
@@ -577,12 +576,14 @@ Tensor.detach = stop_gradient
 
 
 # %% 5. The proof
-# A derivative is a limit, and the limit can be tried: (f(x + eps) - f(x - eps)) / (2
-# eps). It differs from f'(x) by eps^2 f'''/6, and by rounding, about 1e-16 |f| / eps. In
-# float64 with eps = 1e-5 both are near 1e-11 where f and f''' are near 1. So even a small
-# mistake shows. In float32 rounding alone would be 6e-8 / 1e-5 = 6e-3, which hides it:
-# float32 is refused. Where f has a kink, like relu at 0, there is no derivative to agree
-# on. Random inputs miss those.
+# A derivative is a limit, and a small eps comes near it:
+#
+#     f'(x)  is about  (f(x + eps) - f(x - eps)) / (2 eps)
+#
+# The difference is eps^2 f'''/6, and rounding, about 1e-16 |f| / eps. In float64 with
+# eps = 1e-5 both are near 1e-11 where f and f''' are near 1. So even a small mistake shows. In
+# float32 rounding alone would be 6e-8 / 1e-5 = 6e-3, which hides it: float32 is refused. Where f
+# has a kink, like relu at 0, there is no derivative to agree on. Random inputs miss those.
 
 class GradientError(AssertionError):
     """backward() and finite differences disagree."""
@@ -650,11 +651,12 @@ def check_gradients(f, inputs, eps=1e-5, rtol=1e-6, atol=1e-7, samples=None, see
 def linear(a, weight, bias, before=None):
     """a @ weight + bias; with `before` concatenate([before, a], axis=1) @ weight + bias.
 
-    a [..., n], weight [n, m], bias [m]. The bias is added in place. Its gradient is a
-    product of ones with g. Each saves a pass over the arrays.
+    a [..., n], weight [n, m], bias [m]. The bias is added in place, and its gradient is a
+    product of ones with g, which is faster than a sum over rows.
 
-    before   a constant [B, M, n] that precedes a [B, T, n]: Transformer-XL's memory. Its rows count
-             in the gradients of weight and bias. It gets none itself, which saves a product
+    before   a constant [B, M, n], whose rows come before those of a [B, T, n]: the memory of
+             Transformer-XL. They count in the gradients of weight and bias. `before` gets none
+             itself, which saves a product
     """
     x, w, b = arrays(a, weight, bias)
     shape, M = x.shape, 0
@@ -687,11 +689,10 @@ def fold(gain, bias, weight):
 
 
 def sum_by_id(g, ids, shape):
-    """Zeros of `shape` [V, D], to whose row ids[i] every g[i] is added: xp.add.at.
+    """Zeros of `shape` [V, D], to whose row ids[i] every g[i] is added. xp.add.at does this.
 
-    A product with a matrix of zeros and ones, a row for each id, picks the same rows. Its
-    gradient is the transposed matrix times g. For a small table that is several times
-    faster.
+    For a small table a product is several times faster. table[ids] is P @ table, where row i
+    of P has a 1 at ids[i] and zeros elsewhere. So the gradient of table is P^T g.
     """
     if len(shape) != 2 or shape[0] > 512:
         out = xp.zeros(shape, dtype=g.dtype)
@@ -712,13 +713,7 @@ def walk_through():
     loss.backward()
     print(f"   by hand      {2 * w.numpy() * x.numpy() ** 2}\n   backward()   {w.grad}")
 
-    print("\n2. Softmax and cross-entropy: what the model believes, minus what was true.")
-    logits = Tensor([[2.0, 1.0, 0.0]], requires_grad=True)
-    cross_entropy(logits, [1]).backward()
-    print(f"   softmax      {softmax(logits).numpy()[0].round(4)}\n"
-          f"   gradient     {logits.grad[0].round(4)}   target 1")
-
-    print("\n3. The proof, for a layer normalisation between two products.")
+    print("\n2. The proof, for a layer normalisation between two products.")
     rng = numpy.random.default_rng(0)
     inputs = [Tensor(rng.normal(size=shape), requires_grad=True)
               for shape in ((4, 3), (3, 5), (5,), (5,), (5, 2))]
