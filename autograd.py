@@ -48,8 +48,7 @@ class Tensor:
 
     data            an array of the current device's library; lists and numbers become one
     requires_grad   True for a parameter, and for what is computed from one
-    grad            of a parameter after L.backward(): dL/d(data), an array like `data`.
-                    A further backward() adds to it. None before the first
+    grad            None, or after L.backward() of a parameter: dL/d(data), which adds up
     """
 
     __slots__ = ("data", "grad", "requires_grad", "_node", "__weakref__")

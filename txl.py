@@ -26,16 +26,15 @@ next segment as well. With segments of T = 3 tokens, a memory of M = 2, and _ fo
     embeddings             .  m  m       o  o  o       .  .  .
                            F  i  r       s  t  _       C  i  t
 
-The state O attended to the three o of its own segment and to the two m on their left, layer
-2's memory. The right one of these was made one segment earlier in the same way: from the
-three o below it, and the two m on their left, which were layer 1's memory then. So O knows
-of "ir" and "st_". Information flows along all lines, gradients only within the segment
-being trained.
+The state O attended to the three o of its own segment, "Cit", and to the two m on their
+left, layer 2's memory. These were made one segment earlier in the same way: from the o of
+their segment up to themselves, and the two m on the left of these, layer 1's memory at that
+time. Information flows along all lines, gradients only within the segment being trained.
 
-How far does O see? Layer 2's memory reaches back 2 tokens, to t. The state of t has seen
-its segment from the beginning, from s. From there layer 1's memory reaches 2 further, to i.
-That is 2 + 3 tokens beyond O's segment. N layers see M + (N - 1) T ceil(M / T) tokens
-beyond. If M is a multiple of T, this is N M.
+How far does O see beyond its segment? Layer 2's memory lies within segment 2. Its newest
+state has seen all of that segment: 3 tokens. Layer 1's memory lies before segment 2: 2
+more. So it is 3 + 2 tokens, "ir" and "st_". In general the first layer adds M. Each further
+layer adds M, rounded up to whole segments.
 
 Each token is computed once. The cost: attention over M + T keys instead of T, M states a
 layer to keep, and no learning of what is good to keep.
@@ -56,7 +55,8 @@ Letters for shapes and sizes:
     H  heads   D  d_model    d = D / H             F  d_ff    V  vocabulary    N  layers
 
 To change …              touch …
-    the positions        a subclass like LearnedPositions (B), relative_positions (2), Config (6)
+    the positions        a subclass like LearnedPositions (B), and where that is named: Layer
+                         (5), relative_positions (2), Config (6), check_config (F)
     the optimiser        a subclass of DividedAdam (C) with an `update` of its own, and the line
                          that makes it in train_shakespeare.py
     the layer            Layer (5), parameter_count (6), and CachedLayer (D), which generates
@@ -87,18 +87,17 @@ from backend import (add_to_scores, jointly, op, row_dots, row_sums, score_gradi
 #
 # Memory starts empty and grows to mem_len states. With T = 3 and mem_len = 2:
 #
-#   |  segment   memory   keys that its queries see   memory after
-#   |  F i r     0        1 2 3                       i r
-#   |  s t _     2        3 4 5                       t _
-#   |  C i t     2        3 4 5                       i t
+#   |  segment   memory   how many keys its queries see   memory after
+#   |  F i r     0        1, 2, 3                         i r
+#   |  s t _     2        3, 4, 5                         t _
+#   |  C i t     2        3, 4, 5                         i t
 #
 # Row b of the memory belongs to row b of the batch. So row b of the next segment must be
 # the text that follows.
 #
 # No parameter's shape depends on M, so a model can be evaluated with a longer memory than
 # it was trained with. To evaluate a text is one pass over it. Every token is computed once,
-# and sees, once memory is full, at least the M tokens before it. A window that slides by
-# one token computes a whole window of states for each token.
+# and sees, once memory is full, at least the M tokens before it.
 
 def update_memory(memory, x, mem_len):
     """The last mem_len states of memory and x: [B, M, D], [B, T, D] -> [B, ≤ mem_len, D].
@@ -267,12 +266,12 @@ def shift_back(g):
 #
 #   |  key               i      r      s      t      _
 #   |  (b) + (d)      0.64   1.12   0.57  -0.50
-#   |  k = value      1  0   0  1   1  1   1 -1  -1  1
+#   |  k = value     (1,0)  (0,1)  (1,1) (1,-1) (-1,1)
 #   |  (a) q · k      1.00  -1.00   0.00   2.00  -2.00
 #   |  (c) u · k      0.50   0.00   0.50   0.50  -0.50
 #   |  score          1.51   0.08   0.76   1.41
 #   |  weight         0.38   0.09   0.18   0.35   0.00
-#   |  output         0.91  -0.08
+#   |  output         (0.91, -0.08)
 
 class RelativeMultiHeadAttention:
     """Attention of a segment over the memory before it and itself (section 3.3 of the paper).
@@ -647,7 +646,8 @@ def generate(model, prompt, length, temperature=1.0, top_k=None, top_p=None, rng
                          f"not of shape {list(prompt.shape)}")
     mem_len = model.config.mem_len if mem_len is None else mem_len
     mem_len = min(mem_len, prompt.size + length)        # there is never more to remember
-    memory, seq_len = None, max(1, mem_len)             # segments: little space, few steps
+    # In segments: shorter ones would take more steps, longer ones more space.
+    memory, seq_len = None, max(1, mem_len)
     for at in range(0, prompt.size, seq_len):
         with no_grad():
             segment = xp.asarray(prompt[None, at:at + seq_len])
@@ -658,7 +658,7 @@ def generate(model, prompt, length, temperature=1.0, top_k=None, top_p=None, rng
         token = sample(to_numpy(logits), temperature, top_k, top_p, rng)
         yield token
         if n < length - 1:
-            logits = decoder(token)     # those of model([[token]], memory)
+            logits = decoder(token)     # as the model's, for [[token]] and the memory so far
 
 
 def sample(logits, temperature, top_k, top_p, rng):
@@ -702,7 +702,8 @@ def sample(logits, temperature, top_k, top_p, rng):
 #
 #     d_k = d_score^T q_u                 d_q_u = d_score k
 #     d_r = d_by_distance^T q_v           d_q_v = d_by_distance r
-#     d_q = (d_q_u + d_q_v) / sqrt(d)     d_u and d_v: the one and the other, over all queries
+#     d_q = (d_q_u + d_q_v) / sqrt(d)
+#     d_u = d_q_u / sqrt(d), summed over all queries; d_v likewise with d_q_v
 #
 # A block has some heads, some rows of the batch, some queries, and the keys that the last
 # of these can see. It is the same problem with fewer keys, whose distances are the last
@@ -787,8 +788,8 @@ def attend(q, kv, r, u, v, mask):
             d_score = g_z[block] @ values[i, j, seen].swapaxes(-1, -2)
             score_gradient(E, g_z_o[block], d_score)        # E (d_score - g_z_o), in place
             for d_x, scores, x in ((d_values, E, g_z), (d_keys, d_score, q_u)):
-                # scores^T x as (x^T scores)^T: CuPy copies what is transposed, and x is
-                # smaller.
+                # d_x = scores^T x, as (x^T scores)^T: CuPy copies what is transposed, and x
+                # is the smaller one.
                 x_t = x[block].swapaxes(-1, -2)
                 if t.stop >= T:
                     xp.matmul(x_t, scores, out=d_x[i, j].swapaxes(-1, -2))
@@ -908,10 +909,11 @@ class DividedAdam(Adam):
 
 
 # %% D. Generation, faster
-# A state in memory is a constant. So are its key and its value, while the weights stay as
-# they are: r holds the position, not the key. Key and value are kept instead of the state.
-# r and v · r, which depend on the distance alone, are computed once. What is left for each
-# token and layer is a handful of products of a vector with a matrix, however long the text.
+# A state in memory is a constant. Its key does not depend on where it stands: that is in r.
+# So while the parameters stay as they are, key and value of a token are constants too. They
+# are kept instead of the state. r and v · r, which depend on the distance alone, are
+# computed once. What is left for each token and layer is a handful of products of a vector
+# with a matrix, however long the text.
 
 class CachedLayer:
     """`layer` for one token at a time: x [D] -> [D]. It keeps keys and values.
@@ -928,8 +930,7 @@ class CachedLayer:
             r, v_r = attention.position_terms(relative_positions(config, 1, mem_len, dtype))
             self.r, self.v_r = r.data[:, 0], v_r.data[:, 0]         # of distances mem_len … 0
             x = layer.attention_norm(Tensor(memory[0])).data if config.pre_norm else memory[0]
-        # Room for twice the memory and one: when it is full, the latter half moves to the
-        # front.
+        # Room for 2 mem_len + 1 tokens. When it is full, the last mem_len move to the front.
         self.cache, self.end = xp.zeros((2, H, 2 * mem_len + 1, d), dtype=dtype), len(x)
         kv = (x @ attention.W_kv.data).reshape(self.end, 2, H, d)
         self.cache[:, :, :self.end] = kv.transpose(1, 2, 0, 3)
@@ -946,7 +947,8 @@ class CachedLayer:
         attention, M = self.layer.attention, self.mem_len
         H, d = attention.u.shape
         if self.end == 2 * M + 1:
-            self.cache[:, :, :M], self.end = self.cache[:, :, M + 1:], M
+            self.cache[:, :, :M] = self.cache[:, :, M + 1:]
+            self.end = M
         qkv = (x @ self.W_qkv).reshape(3, H, d)
         self.cache[:, :, self.end] = qkv[1:]
         self.end += 1
@@ -1002,13 +1004,13 @@ def attention_by_distance(model, tokens, memory):
     """How far back each layer looks: [N, K], the mean weight of keys 0, 1, … tokens back.
 
     The mean is over heads, sequences and those queries of `tokens` [B, T] that have so many
-    keys before them. `memory` as in a call of the model; with same_length give at least T
-    states.
+    keys before them. `memory` holds N arrays [B, M, D]. With same_length M must be at least
+    T, and a query sees M keys.
     """
     T, M, config, rows = tokens.shape[1], memory[0].shape[1], model.config, []
-    window = max(M, T)
+    window = max(M, T)          # so many states are kept that the segment's inputs are among them
     with no_grad():
-        _, inputs = model(tokens, memory, mem_len=window)   # the last T are a layer's input
+        _, inputs = model(tokens, memory, mem_len=window)
         positions = relative_positions(config, T, M, model.dtype)
         mask = hidden_keys(T, M, window if config.same_length else None)
         distance = key_distances(T, M)
@@ -1070,13 +1072,13 @@ def checked_call(model, tokens, memory):
 #     W_r R, or learned (B)       W_r R; dropout acts on R too    learned
 #     pre-norm, or post-norm      post-norm, or pre-norm          pre-norm
 #     N memories                  N + 1; the last is not used     N
-#     T, no ext_len               tgt_len; ext_len tokens at a    T
+#     T; no ext_len               tgt_len; ext_len tokens at a    T
 #                                 segment's end are read again
 #     same_length: mem_len keys   one key less                    none
 #     before a query
-#     rel_shift: rows of the      a column of zeros in front,     T more columns, for distances
-#     line, read from T-1 on      rows of K read from T on: the   below 0; row i moves right by
-#                                 same up to each row's 0         i, so the last row is dropped
+#     rel_shift reads rows of     rows of K from place T on,      T more columns, for distances
+#     the line from T-1 on,       after a column of zeros: the    below 0; lined up with the
+#     K-1 apart                   same up to each row's 0         first query, not the last
 #     one softmax                 adaptive softmax and            one softmax
 #                                 embeddings, for words
 
@@ -1090,14 +1092,14 @@ def print_example():
     tokens = numpy.array([[sorted(set(text)).index(letter) for letter in text]])
     config = Config(vocab_size=8, n_layer=1, n_head=1, d_model=2, d_ff=2, mem_len=M)
     model, memory = TransformerXL(config), None
-    print("   |  segment   memory   keys that its queries see   memory after")
+    print("   |  segment   memory   how many keys its queries see   memory after")
     for at in range(0, len(text), T):
         before = 0 if memory is None else memory[0].shape[1]
         seen = (~to_numpy(hidden_keys(T, before))).sum(axis=1)
         _, memory = model(xp.asarray(tokens[:, at:at + T]), memory)
         kept = text[at + T - memory[0].shape[1]:at + T]
         print(f"   |  {' '.join(text[at:at + T]):10}{before:<9}"
-              f"{' '.join(map(str, seen)):28}{' '.join(kept)}")
+              f"{', '.join(map(str, seen)):32}{' '.join(kept)}")
 
     def row(name, values, form="7.2f"):
         print(f"   |  {name:12}" + "".join(f"{value:{form}}" for value in values))
@@ -1128,12 +1130,12 @@ def print_example():
     print()
     row("key", text[1:6], ">7")
     row("(b) + (d)", shifted)
-    row("k = value", (f"{a:.0f} {b:2.0f}" for a, b in k), ">7")
+    row("k = value", (f"({a:.0f},{b:.0f})" for a, b in k), ">7")
     row("(a) q · k", k @ q)
     row("(c) u · k", k @ u)
     row("score", (k[:4] @ (q + u) + shifted) / math.sqrt(2))
     row("weight", weights.numpy()[0, 0, 1])
-    row("output", output.numpy()[0, 1])
+    print("   |  output         ({:.2f}, {:.2f})".format(*output.numpy()[0, 1]))
 
 
 def walk_through():
