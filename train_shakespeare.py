@@ -132,9 +132,9 @@ class Run:
         training, self.held_out = split(encode(text, self.vocabulary))
         self.streams = Streams(training, batch_size, seq_len, mem_len, settings["seed"])
         self.rows = row_parts(batch_size, args.threads)     # a slice of the batch for each part
-        # Adam has five arrays, and a gradient for each part. To write a checkpoint, with
-        # the parameters, three of Adam's arrays and all memories, takes three times as much
-        # again.
+        # Training needs Adam's five arrays, and a gradient for each part. A checkpoint
+        # holds four arrays and all memories. While it is written there are three copies
+        # more of that.
         check_size(config, batch_size, seq_len, mem_len, memories=4 * self.streams.groups,
                    copies=5 + len(self.rows) + 3 * 4)
         self.model = TransformerXL(config, seed=settings["seed"])
@@ -149,7 +149,10 @@ class Run:
             restore_run(self, meta, arrays)
 
     def loss_and_gradients(self, part, step):
-        """The loss of a part, times its part of the batch. Its gradients go to Adam."""
+        """The mean loss of a part, times its share of the rows. Its gradients go to Adam.
+
+        So the losses of all parts add up to the batch's mean.
+        """
         rows, settings, memories = self.rows[part], self.settings, self.memories[part]
         tokens, targets, group, fresh = self.streams.segment(step)
         memory = None if fresh else memories[group]
@@ -174,9 +177,9 @@ class Run:
         return self.state.log[-1][0] if self.state.log else 0
 
     def finished(self):
-        """True if the last step is made, evaluated and logged."""
-        step, steps = self.state.step, self.settings["steps"]
-        return step > steps or step == steps == self.logged()
+        """True if the last step is made and evaluated."""
+        step, steps, log = self.state.step, self.settings["steps"], self.state.log
+        return step > steps or step == steps == self.logged() and log[-1][2] is not None
 
     def eval_mem_len(self):
         return first_given(self.settings["eval_mem_len"], self.settings["mem_len"])
@@ -223,13 +226,12 @@ class Streams:
     A segment continues what its group read last, and each group has a memory of its own. So
     the memory really is the preceding text. Steps that follow each other read different
     places: their gradients have less in common than those of one scene, and a step teaches
-    more. The price: the memory was computed with the weights of as many steps ago as there
-    are groups.
+    more. The price is an older memory. With G groups it was computed G steps ago, with the
+    weights of that time.
 
     An epoch reads each stream once, but for at most a segment at its end. It begins with
     empty memory, at a random place among the first seq_len characters, so that segments are
-    cut in other places than before. What a step reads depends on nothing but the seed and
-    the step.
+    cut in other places than before. What a step reads follows from the seed and the step.
     """
 
     def __init__(self, tokens, batch_size, seq_len, mem_len, seed):
@@ -322,6 +324,9 @@ def report(run, workers):
     step, steps = state.step, settings["steps"]
     evaluated = step % settings["eval_every"] == 0 or step == steps
     due = evaluated or step % settings["log_every"] == 0
+    if evaluated and step == run.logged() > 0 and state.log[-1][2] is None:
+        entry = state.log.pop()             # logged, but not evaluated: --steps was lowered since
+        state.loss_sum = entry[1] * (step - run.logged())
     if not due or step == run.logged():     # logged already, or no step was made yet
         return
     check_finite(run, "the loss, its gradient or a weight",
@@ -350,7 +355,8 @@ def report(run, workers):
     if evaluated:
         save_run(run, workers)
         if step < steps and not run.stop:
-            with run.adam.averaged():       # after token 0, which most often is a line's end
+            with run.adam.averaged():
+                # It continues token 0, the first in order and so most often the line's end.
                 sample = generate(run.model, [0], 160, 0.8, mem_len=run.eval_mem_len())
                 text = "".join(run.vocabulary[token] for token in sample).strip()
             show("    " + text.replace("\n", "\n    "))
@@ -425,7 +431,7 @@ def show(text, keep=True):
 
 
 def no_more_output():
-    """Send what is still printed nowhere: whoever read it is gone."""
+    """Discard all further output. It can no longer be written."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -501,7 +507,8 @@ def parameter_arrays(model):
 
 
 def save_run(run, workers):
-    """The full state of training. Resuming is exact with the same --steps and --threads."""
+    """The full state of training. Resuming is exact with the same --steps and --threads, on the
+    same machine and device."""
     state, value = run.state, run.adam.flat["value"]
     check_finite(run, "the loss, its gradient or a weight",
                  state.loss_sum, state.grad_norm, value)
@@ -521,8 +528,6 @@ def reading(path):
     """Whatever goes wrong in this block means that the file is damaged: one line."""
     try:
         yield
-    except Failure:
-        raise
     except Exception as error:
         raise Failure(f"{path} is not a checkpoint of this program, or it is damaged "
                       f"({error})")
@@ -554,7 +559,7 @@ def load(path):
             raise ValueError("its step is missing")
         # No model is made that is larger than the file.
         parameters = [name for name in arrays if name.startswith("parameters/")]
-        if sum(arrays[name].size for name in parameters) != config.parameter_count():
+        if sum(arrays[name].nbytes for name in parameters) != 4 * config.parameter_count():
             raise ValueError("its parameters are not those of its model")
     return meta, arrays
 
@@ -664,8 +669,11 @@ def new_or_resumed(args):
 
 
 def check_size(config, B, T, M, memories=1, copies=1):
-    """Failure if so many copies of the model's numbers, a step on one batch, and so many memories
-    of it cannot fit into this machine."""
+    """Refuse what cannot fit into this machine.
+
+    Counted are `copies` arrays as large as the parameters, one step on a batch, and
+    `memories` memories of a batch.
+    """
     if xp.module is not numpy or "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", ()):
         return                              # a GPU itself refuses what does not fit
     a_token = 2 * config.d_ff + 12 * config.d_model + config.n_head * (M + T)      # roughly
@@ -704,7 +712,7 @@ def find_corpus(file):
     data = tiny_shakespeare() if file is None else read_file(file)
     digest = hashlib.sha256(data).hexdigest()
     known = {corpus["sha256"]: corpus["name"] for corpus in (TINY, PLAYS)}
-    name = known.get(digest) or file.name
+    name = known.get(digest) or one_line(file.name)
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -813,7 +821,7 @@ def spoken(markdown):
 
 # %% 7. What a finished run is good for
 def trained(args):
-    """(meta, model, memory length) of the best checkpoint in --out, or of the latest."""
+    """(meta, model, memory length) of best.npz in --out, or else of checkpoint.npz."""
     paths = [args.out / name for name in ("best.npz", "checkpoint.npz")]
     path = next((path for path in paths if path.exists()), None)
     if path is None:
@@ -840,7 +848,7 @@ def held_out_text(args, meta):
 
 def evaluate_run(args):
     """A table: the held-out text with no memory, half the trained length, the trained length
-    and more; with --eval-mem-len only that one."""
+    and more, and that of the run; with --eval-mem-len only that one."""
     meta, model, chosen = trained(args)
     corpus, held_out = held_out_text(args, meta)
     n = len(held_out) - 1
@@ -882,8 +890,9 @@ def plot(args):
     """Two pictures in --out: loss.png from the log, attention.png from the held-out text."""
     meta, model, mem_len = trained(args)
     path = args.out / "checkpoint.npz"
+    newest, _ = load(path)
     with reading(path):
-        log = checked_state(load(path)[0]).log
+        log = checked_state(newest).log
     if not log:
         raise Failure(f"the run in {args.out} has no steps to draw yet")
     try:

@@ -500,3 +500,22 @@ def test_help_shows_every_option_with_its_default(folder):
                    "--top-p", "--plot"):
         assert option in out
     assert "default: 64" in out and "default: 0.003" in out
+
+
+def test_a_last_step_that_was_logged_but_not_evaluated_is_evaluated_when_resumed(folder):
+    """A run that ends at step 7 is evaluated there; here its log forgets the evaluation, as if it
+    had been stopped after the log line, and --steps lowered since."""
+    trained(folder, "lowered", 7)
+    path = folder / "lowered" / "checkpoint.npz"
+    state = arrays(path)
+    meta = json.loads(state["meta"].item())
+    loss = meta["log"][-1][1]
+    meta["log"][-1][2] = None
+    state["meta"] = numpy.array(json.dumps(meta))
+    with open(path, "wb") as file:
+        numpy.savez(file, **state)
+    out = run(folder, "--data", "text", "--out", "lowered", "--resume").stdout
+    assert "validation loss" in out and len(re.findall("^step +7/7", out, re.M)) == 1
+    log = json.loads(arrays(path)["meta"].item())["log"]
+    assert [row[0] for row in log] == [5, 7] and log[-1][2] is not None
+    assert log[-1][1] == pytest.approx(loss, rel=1e-5)

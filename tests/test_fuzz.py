@@ -91,3 +91,14 @@ def test_a_checkpoint_cannot_unpack_to_more_than_its_size(tmp_path):
         file.filelist.extend(file.filelist * 99)
     with pytest.raises(ValueError, match="declares more than it holds"):
         command.read_arrays(listed.getvalue())
+
+
+def test_a_checkpoint_of_small_numbers_cannot_declare_a_larger_model(checkpoint, run_folder):
+    """Bytes are counted, not numbers: arrays of one byte or none each are refused."""
+    for dtype in (numpy.int8, numpy.dtype("V0")):
+        with numpy.load(io.BytesIO(checkpoint)) as file:
+            arrays = {name: array if name == "meta" else numpy.zeros(array.shape, dtype)
+                      for name, array in file.items()}
+        numpy.savez(run_folder / "checkpoint.npz", **arrays)
+        with pytest.raises(command.Failure, match="is not a checkpoint of this program"):
+            command.load(run_folder / "checkpoint.npz")
