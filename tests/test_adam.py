@@ -153,7 +153,8 @@ def test_adam_keeps_float32(Adam):
     adam = Adam({"W": w}, weight_decay=0.1, clip=1.0)
     w.grad = xp.ones(3, dtype=xp.float32)
     norm = adam.step()
-    assert {w.dtype, adam.first["W"].dtype, adam.second["W"].dtype, norm.dtype} == {numpy.dtype("float32")}
+    dtypes = {w.dtype, adam.first["W"].dtype, adam.second["W"].dtype, norm.dtype}
+    assert dtypes == {numpy.dtype("float32")}
 
 
 def test_warmup_cosine():
