@@ -28,8 +28,10 @@ import threading
 
 import numpy
 
-from backend import (first_gradient, jointly, normalise_gradient, numeric_array, op, row_dots,
-                     row_sums, same_dtype, to_numpy, use_device, xp)
+from backend import (first_gradient, gpu_form, jointly, leading_sums, normalise_gradient_kernel,
+                     normalised_rows_kernel, numeric_array, op, relu_gradient, relu_of_sum,
+                     row_dots, row_sums, same_dtype, squared_relu_gradient, squared_relu_of_sum,
+                     to_numpy, use_device, within, xp)
 
 
 # %% 1. One gradient
@@ -174,6 +176,8 @@ def unbroadcast(g, shape):
     new = g.ndim - len(shape)           # axes that the operand does not have
     repeated = tuple(axis for axis in range(g.ndim)
                      if axis < new or shape[axis - new] != g.shape[axis])
+    if repeated == tuple(range(new)):
+        return leading_sums(g, new)     # the same, faster on a GPU
     return g.sum(axis=repeated).reshape(shape)
 
 
@@ -207,6 +211,16 @@ def arrays(*operands):
     """The operands' arrays, with one dtype: float32 beside float64 is a TypeError. Integers
     take the floating-point dtype beside them; Python numbers stay as they are."""
     return same_dtype([value_of(operand) for operand in operands])
+
+
+def integers(operand, name, count):
+    """The operand as an array of integers among 0 … count-1."""
+    given = value_of(operand)
+    given = given if hasattr(given, "dtype") else numpy.asarray(given)
+    if given.dtype.kind not in "iu":
+        raise TypeError(f"{name} must be integers, not {given.dtype}")
+    within(given, count)
+    return xp.asarray(given)
 
 
 # Arithmetic: elementwise, with broadcasting.
@@ -409,9 +423,7 @@ def matmul(a, b):
 def embedding(table, ids):
     """Rows of `table`, picked by `ids`: table [V, D], integers ids [...] -> [..., D]."""
     x, = arrays(table)
-    ids = xp.asarray(value_of(ids))
-    if ids.dtype.kind not in "iu":
-        raise TypeError(f"ids must be integers, not {ids.dtype}")
+    ids = integers(ids, "ids", len(x))
     shape = x.shape
     return result(x[ids], (table, lambda g: sum_by_id(g, ids, shape)))      # xp.add.at, section 6
 
@@ -472,9 +484,9 @@ def cross_entropy(logits, targets):
     [[0.25, 0.25, -0.75, 0.25]]
     """
     x, = arrays(logits)
-    targets = xp.asarray(value_of(targets))
-    if targets.dtype.kind not in "iu" or targets.shape != x.shape[:-1]:
-        raise ValueError(f"targets must be integers of shape {list(x.shape[:-1])}, "
+    targets = integers(targets, "targets", x.shape[-1])
+    if targets.shape != x.shape[:-1]:
+        raise ValueError(f"targets must have the shape {list(x.shape[:-1])}, "
                          "one for each row of logits")
     rows, columns = xp.arange(targets.size), targets.reshape(-1)
     log_p = log_softmax(x.reshape(targets.size, x.shape[-1])).data
@@ -502,18 +514,33 @@ def cross_entropy(logits, targets):
 # mean, leaves z as it is, but for eps. So L does not change along (1, …, 1) and along
 # x - mean, and dL/dx is orthogonal to both.
 
-@op
-def normalise(a, eps=1e-5):
-    """z of every row (last axis)."""
-    x, = arrays(a)
+@gpu_form(normalised_rows_kernel)
+def normalised_rows(x, eps):
+    """z and s of every row (last axis)."""
     n = x.shape[-1] or 1
     z = x - row_sums(x) / n
     s = 1 / xp.sqrt(row_dots(z, z) / n + eps)
     z *= s
+    return z, s
 
-    def gradient(g):                    # s (g - mean(g) + z (-mean(g z))), in one pass on a GPU
-        return normalise_gradient(g, z, s, row_sums(g) / n, row_dots(g, z) / -n)
-    return result(z, (a, gradient))
+
+@gpu_form(normalise_gradient_kernel)
+def normalise_gradient(g, z, s):
+    """s (g - mean(g) - z mean(g z))"""
+    n = g.shape[-1] or 1
+    h = z * (row_dots(g, z) / -n)
+    h += g
+    h -= row_sums(g) / n
+    h *= s
+    return h
+
+
+@op
+def normalise(a, eps=1e-5):
+    """z of every row (last axis)."""
+    x, = arrays(a)
+    z, s = normalised_rows(x, eps)
+    return result(z, (a, lambda g: normalise_gradient(g, z, s)))
 
 
 @op
@@ -673,6 +700,22 @@ def linear(a, weight, bias, before=None):
     return result(y.reshape(x.shape[:-1] + (m,)), (a, gradient_of_a),
                   (weight, lambda g: flat.T @ g.reshape(rows, m)),
                   (bias, lambda g: xp.ones(rows, dtype=w.dtype) @ g.reshape(rows, m)))
+
+
+@op
+def relu_with_bias(a, bias):
+    """relu(a + bias)"""
+    x, w = arrays(a, bias)
+    y = relu_of_sum(x, w, x.dtype.type(0))
+    return result(y, *jointly(lambda g: (relu_gradient(g, y),) * 2, a, bias))
+
+
+@op
+def squared_relu_with_bias(a, bias):
+    """squared_relu(a + bias)"""
+    x, w = arrays(a, bias)
+    t, y = squared_relu_of_sum(x, w, x.dtype.type(0))
+    return result(y, *jointly(lambda g: (squared_relu_gradient(g, t),) * 2, a, bias))
 
 
 def fold(gain, bias, weight):

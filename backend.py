@@ -14,13 +14,18 @@ plain meaning, and the other files rely on no more than that:
     same_dtype(values)         the values as arrays of one dtype
     row_sums(x)                x.sum(axis=-1, keepdims=True)
     row_dots(x, y)             (x * y).sum(axis=-1, keepdims=True)
+    leading_sums(x, n)         x.sum(axis=the first n axes)
+    product(a, b, out, add)    a @ b, into `out` or added to it
     an Elementwise formula     its text, in NumPy
+    @gpu_form(kernel)          the function below it, as it stands
+    random_generator(seed)     xp.random.default_rng(seed)
+    within(ids, n)             an IndexError where an id is not one of 0 … n-1
     workers(f, x)              [f(part, x) for part in parts]
     row_parts(n, threads)      the rows 0 … n-1 in as many slices
     keep_freed_memory()        nothing that a result would show
 
-The sections: 1. the device   2. operands   3. sums along rows   4. elementwise formulas
-              5. worker processes
+The sections: 1. the device   2. operands   3. sums   4. elementwise formulas   5. products
+              6. kernels for rows   7. random numbers   8. worker processes
 """
 import contextlib
 import ctypes
@@ -71,30 +76,70 @@ def use_device(name, tf32=False):
 def _cupy(tf32):
     if tf32:
         os.environ["CUPY_TF32"] = "1"       # CuPy reads it once, before its first product
+    install = 'pip install "cupy-cuda13x[ctk]" (CUDA 13) or "cupy-cuda12x[ctk]" (CUDA 12)'
     try:
         import cupy
     except ImportError as error:
         raise DeviceError(
-            "--device gpu needs CuPy, which is not installed here (or does not load): "
-            'pip install "cupy-cuda13x[ctk]" (CUDA 13) or "cupy-cuda12x[ctk]" (CUDA 12), '
+            f"--device gpu needs CuPy, which is not installed here (or does not load): {install}, "
             f"or use --device cpu [{error.__class__.__name__}]") from error
+    except Exception as error:              # an old CuPy under a new NumPy, …
+        raise DeviceError(
+            f"CuPy does not load with this NumPy ({_in_short(error)}): remove every cupy package "
+            f"and reinstall, {install}, or use --device cpu") from error
+    if int(cupy.__version__.split(".")[0]) < 14:
+        raise DeviceError(f"CuPy {cupy.__version__} is too old, it mixes dtypes in other ways: "
+                          f"14 or newer is needed, {install}, or use --device cpu")
     try:
         cupy.cuda.runtime.getDeviceCount()
     except cupy.cuda.runtime.CUDARuntimeError as error:
         raise DeviceError(
-            "CuPy is installed but finds no working CUDA device: check that nvidia-smi lists a GPU "
-            "and that its driver is new enough for this CuPy, or use --device cpu "
+            "CuPy is installed but finds no working CUDA device: check that nvidia-smi lists a "
+            "GPU and that its driver is new enough for this CuPy, or use --device cpu "
             f"[{error}]") from error
-    try:                                    # random numbers, a product and a copy to the host
-        numbers = cupy.random.default_rng(0).random((2, 2), dtype=cupy.float32)
-        (numbers @ cupy.ones((2, 2), dtype=cupy.float32)).get()
-    except Exception as error:              # a library that does not load, a kernel, …
-        reason = f"{error.__class__.__name__}: {str(error)[:100]}".replace("\n", " ")
-        raise DeviceError(
-            "CuPy finds the GPU but cannot compute on it; most often it was built for another CUDA "
-            'than the driver supports: reinstall it as "cupy-cuda13x[ctk]" or "cupy-cuda12x[ctk]", '
-            f"or use --device cpu [{reason}]") from error
+    try:                                    # a kernel, a product and a copy to the host
+        (cupy.ones((2, 2), dtype=cupy.float32) @ cupy.eye(2, dtype=cupy.float32)).get()
+        if tf32:                            # for batched products too
+            _cublas(cupy).setMathMode(cupy.cuda.device.get_cublas_handle(), 3)
+    except Exception as error:
+        raise DeviceError(what_a_gpu_says(error) or (
+            "CuPy finds the GPU but cannot compute on it; most often it was built for another "
+            f"CUDA than the driver supports: reinstall, {install}, or use --device cpu "
+            f"[{_in_short(error)}]")) from error
     return cupy
+
+
+def _in_short(error):
+    return f"{error.__class__.__name__}: {str(error)[:100]}".replace("\n", " ")
+
+
+def what_a_gpu_says(error):
+    """A sentence for an error of CuPy that has a known cause; otherwise None."""
+    text = f"{error.__class__.__name__} {error}"
+    if any(sign in text for sign in ("OutOfMemory", "MemoryAllocation", "out of memory",
+                                     "ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED")):
+        return ("the GPU has not enough free memory: lower --batch-size, --seq-len, --mem-len or "
+                "the size of the model, or end what else runs on it (nvidia-smi lists it)")
+    if isinstance(error, OSError) and error.filename:
+        return (f"CuPy cannot keep its compiled kernels in {error.filename}: set the environment "
+                "variable CUPY_CACHE_DIR to a directory that can be written")
+    return None
+
+
+def on_a_gpu():
+    """True where CuPy computes."""
+    return xp.module.__name__ == "cupy"
+
+
+@contextlib.contextmanager
+def computing_on(name):
+    """Inside `with computing_on("cpu"):` that is the device."""
+    before = xp.module
+    use_device(name)
+    try:
+        yield
+    finally:
+        xp.module = before
 
 
 def to_numpy(array):
@@ -146,9 +191,10 @@ def numeric_array(data, requires_grad):
     if hasattr(data, "requires_grad"):
         raise TypeError("Tensor: the data is a Tensor already; "
                         "use .detach() for the same value without history")
+    data = data if hasattr(data, "dtype") else numpy.asarray(data)
+    if data.dtype.kind not in "fiub":
+        raise TypeError(f"Tensor: numbers expected, not dtype {data.dtype}")
     array = xp.asarray(data)
-    if array.dtype.kind not in "fiub":
-        raise TypeError(f"Tensor: numbers expected, not dtype {array.dtype}")
     if requires_grad and array.dtype.kind != "f":
         raise TypeError(f"Tensor: only floating-point values have a gradient, not {array.dtype}")
     return array
@@ -214,8 +260,23 @@ def same_dtype(values):
     return values
 
 
-# %% 3. Sums along rows
-# A product with ones takes a fifth of the time of NumPy's sum over a short last axis.
+def within(ids, count):
+    """IndexError unless all integers in `ids` are among 0 … count-1.
+
+    NumPy would count negative ones from the end, and CuPy wraps those that are too large. What is
+    on a GPU already is not looked at: that would wait for it.
+    """
+    if hasattr(ids, "get") and on_a_gpu():
+        return
+    ids = to_numpy(ids)
+    if ids.size and not 0 <= ids.min() <= ids.max() < count:
+        wrong = ids[(ids < 0) | (ids >= count)].flat[0]
+        raise IndexError(f"{wrong} is not one of 0 … {count - 1}")
+
+
+# %% 3. Sums
+# A product with ones takes a fifth of the time of NumPy's sum over a short last axis. On a GPU it
+# takes a small part of the time of CuPy's sum over leading axes.
 
 def row_sums(x):
     """Sum over the last axis, which stays with size 1."""
@@ -229,6 +290,15 @@ def row_dots(x, y):
     return row_sums(x * y)
 
 
+def leading_sums(x, count):
+    """Sum over the first `count` axes."""
+    if not on_a_gpu():
+        return x.sum(axis=tuple(range(count)))
+    rows, shape = math.prod(x.shape[:count]), x.shape[count:]
+    sums = xp.ones(rows, dtype=x.dtype) @ x.reshape(rows, math.prod(shape))
+    return sums.reshape(shape)
+
+
 # %% 4. Elementwise formulas
 # A GPU multiplies far faster than it reads its memory, and an operation between arrays
 # reads and writes all of them. So a formula of several operations is one program there.
@@ -236,43 +306,329 @@ def row_dots(x, y):
 class Elementwise:
     """A formula for every element of its arrays, written once for NumPy and for a GPU.
 
-    arrays    names of the arrays that are read; they broadcast
-    y         name of the result. Where the text changes it in place, it is the last argument
+    arrays    names of the operands: arrays, which broadcast, and numbers of their dtype
+    results   names of the results
     text      assignments of arithmetic on these names, which is Python and CUDA's C++ at once
     """
 
-    def __init__(self, name, arrays, y, text):
-        self.name, self.arrays, self.y, self.text = name, arrays.split(), y, text
-        self.code = compile(text, name, "exec")
+    def __init__(self, name, arrays, results, text):
+        self.name, self.arrays, self.results = name, arrays.split(), results.split()
+        self.text, self.code = text, compile(text, name, "exec")
 
     def __call__(self, *operands):
         if xp.module is not numpy:
             return _kernel(xp.module, self)(*operands)
-        names = dict(zip([*self.arrays, self.y], operands))
+        names = dict(zip(self.arrays, operands), max=numpy.maximum)
         exec(self.code, names)
-        return names[self.y]
+        answers = tuple(names[name] for name in self.results)
+        return answers[0] if len(answers) == 1 else answers
 
 
 @functools.cache
 def _kernel(library, formula):
     """The formula as a program of CuPy, which compiles it when it is first used."""
-    inputs = ", ".join(f"T {name}" for name in formula.arrays)
-    return library.ElementwiseKernel(inputs, f"T {formula.y}", formula.text, formula.name)
+    arrays, results = (", ".join(f"T {name}" for name in names)
+                       for names in (formula.arrays, formula.results))
+    return library.ElementwiseKernel(arrays, results, formula.text, formula.name)
 
 
-normalise_gradient = Elementwise(
-    "normalise_gradient", "g z s mean_g minus_mean_g_z", "h",
-    "h = z * minus_mean_g_z; h += g; h -= mean_g; h *= s")
-add_to_scores = Elementwise(
-    "add_to_scores", "position minus_infinity", "scores",
-    "scores += position; scores += minus_infinity")
-score_gradient = Elementwise(
-    "score_gradient", "numerators dots", "d_scores",
-    "d_scores -= dots; d_scores *= numerators")
-FORMULAS = [normalise_gradient, add_to_scores, score_gradient]
+scaled_sum = Elementwise("scaled_sum", "x w scale", "y", "y = (x + w) * scale")
+relu_of_sum = Elementwise("relu_of_sum", "x w zero", "y", "y = max(x + w, zero)")
+relu_gradient = Elementwise("relu_gradient", "g y", "h", "h = g * (y > 0)")
+squared_relu_of_sum = Elementwise("squared_relu_of_sum", "x w zero", "t y",
+                                  "t = max(x + w, zero); y = t * t")
+squared_relu_gradient = Elementwise("squared_relu_gradient", "g t", "h", "h = 2 * g * t")
+FORMULAS = [scaled_sum, relu_of_sum, relu_gradient, squared_relu_of_sum, squared_relu_gradient]
 
 
-# %% 5. Worker processes
+# %% 5. Products
+# Attention multiplies views: heads are every H-th group of columns, and transposes. NumPy's matmul
+# takes them as they are. CuPy's copies every operand that is not contiguous, and the result again
+# where `out` is a view. cuBLAS itself wants no copies. It takes matrices one of whose axes has
+# consecutive numbers, and a stack of them at equal steps. With [H, B, n, k] that is a stack for
+# each head.
+
+def product(a, b, out=None, add=False):
+    """a @ b for [H, B, n, k] and [H, B, k, m], views or not: into `out`, or added to it."""
+    if on_a_gpu():
+        cublas = _cublas(xp.module)
+        handle = xp.module.cuda.device.get_cublas_handle()
+        tf32 = os.environ.get("CUPY_TF32") == "1"
+        return _product(a, b, out, add, tf32, lambda array: array.data.ptr,
+                        functools.partial(cublas.gemmStridedBatchedEx, handle))
+    if not add:
+        return xp.matmul(a, b, out=out)
+    ab, target = a @ b, out
+    if out.strides[-2] < out.strides[-1]:       # along consecutive numbers: three times as fast
+        ab, target = ab.swapaxes(-1, -2), out.swapaxes(-1, -2)
+    target += ab
+    return out
+
+
+def _cublas(cupy):
+    from cupy_backends.cuda.libs import cublas
+    return cublas
+
+
+CUDA_R_32F, CUDA_R_64F = 0, 1                               # cuBLAS' names, from its headers
+CUBLAS_COMPUTE_32F, CUBLAS_COMPUTE_32F_FAST_TF32, CUBLAS_COMPUTE_64F = 68, 77, 70
+CUBLAS_GEMM_DEFAULT = -1
+
+
+def _product(a, b, out, add, tf32, address, gemm):
+    """`product` by calls of cuBLAS, one a head.
+
+    cuBLAS reads matrices column by column: what is [n, m] to us is the transpose, [m, n], to it.
+    So it is asked for out^T = b^T a^T, and each matrix is as it wants it already.
+    """
+    (H, B, n, k), m = a.shape, b.shape[-1]
+    if out is None:
+        out = xp.empty((H, B, n, m), dtype=a.dtype)
+    if not out.size or not k:
+        if not add:
+            out[...] = 0
+        return out
+    if _layout(out)[1]:                                     # its columns are consecutive
+        _product(b.swapaxes(-1, -2), a.swapaxes(-1, -2), out.swapaxes(-1, -2), add, tf32,
+                 address, gemm)
+        return out
+    a, b = (x if _layout(x) else xp.ascontiguousarray(x) for x in (a, b))
+    (a_step, a_transposed), (b_step, b_transposed), (out_step, _) = map(_layout, (a, b, out))
+    kind, compute = CUDA_R_64F, CUBLAS_COMPUTE_64F
+    if a.dtype == numpy.float32:
+        kind = CUDA_R_32F
+        compute = CUBLAS_COMPUTE_32F_FAST_TF32 if tf32 else CUBLAS_COMPUTE_32F
+    factors = numpy.array([1, 1 if add else 0], dtype=a.dtype)      # of the product, and of out
+    one, old = (factors.ctypes.data + i * factors.itemsize for i in (0, 1))
+    for head in range(H):
+        a_at, b_at, out_at = (address(x) + head * x.strides[0] for x in (a, b, out))
+        a_next, b_next, out_next = (x.strides[1] // x.itemsize for x in (a, b, out))
+        gemm(int(b_transposed), int(a_transposed), m, n, k, one,
+             b_at, kind, b_step, b_next, a_at, kind, a_step, a_next, old,
+             out_at, kind, out_step, out_next, B, compute, CUBLAS_GEMM_DEFAULT)
+    return out
+
+
+def _layout(x):
+    """(step from row to row, False) of matrices whose rows are consecutive numbers, (step from
+    column to column, True) of those whose columns are, or None."""
+    rows, columns = x.shape[-2:]
+    to_row, to_column = (stride // x.itemsize for stride in x.strides[-2:])
+    if (to_column == 1 or columns <= 1) and (to_row >= columns or rows <= 1):
+        return max(to_row, columns, 1), False
+    if (to_row == 1 or rows <= 1) and (to_column >= rows or columns <= 1):
+        return max(to_column, rows, 1), True
+    return None
+
+
+# %% 6. Kernels for rows
+# What takes a row at a time, a softmax or a layer normalisation, is several passes over memory in
+# array operations, and one in a kernel: a block of threads takes a row. Each kernel computes what
+# a plain function of autograd.py or txl.py computes, which names it in `@gpu_form(…)`.
+
+FORMS = {}      # name of a plain function -> (it, its kernel's form); the tests compare the two
+
+
+def gpu_form(kernel_form):
+    """A decorator: on a GPU `kernel_form` computes what the function below computes elsewhere.
+
+    Where kernel_form cannot, it returns NotImplemented.
+    """
+    def decorate(plain):
+        @functools.wraps(plain)
+        def function(*arguments):
+            answer = kernel_form(*arguments) if on_a_gpu() else NotImplemented
+            return plain(*arguments) if answer is NotImplemented else answer
+        FORMS[plain.__name__] = plain, kernel_form
+        return function
+    return decorate
+
+
+ROW_KERNELS = r"""
+// The sum, or the largest, of the x of all threads in a block.
+template <typename T> __device__ T of_block(T x, bool largest, T* shared) {
+    for (int step = (blockDim.x < 32 ? blockDim.x : 32) / 2; step; step /= 2) {
+        T y = __shfl_xor_sync(0xffffffff, x, step);
+        x = largest ? (x > y ? x : y) : x + y;
+    }
+    __syncthreads();
+    if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = x;
+    __syncthreads();
+    x = shared[0];
+    int warps = (blockDim.x + 31) / 32;
+    for (int warp = 1; warp < warps; warp++)
+        x = largest ? (x > shared[warp] ? x : shared[warp]) : x + shared[warp];
+    return x;
+}
+
+// A row is a query: scores = exp(scores + position - largest), 0 where hidden, and their sum z.
+// position is shifted: its rows begin keys - 1 numbers apart. A thread takes up to 8 keys.
+template <typename T> __global__ void softmax_numerators(
+        T* scores, const T* position, const T* minus_infinity, T* z, int queries, int keys) {
+    __shared__ T shared[32];
+    long long row = blockIdx.x;
+    int query = row % queries;
+    T* score = scores + row * keys;
+    const T* shifted = position + row / queries * queries * keys + (long long)query * (keys - 1);
+    const T* hidden = minus_infinity + (long long)query * keys;
+    T mine[8], largest = -1e30, sum = 0;
+    for (int n = 0; n < 8; n++) {
+        int key = threadIdx.x + n * blockDim.x;
+        mine[n] = key < keys && hidden[key] == 0 ? score[key] + shifted[key] : (T)-1e30;
+        largest = largest > mine[n] ? largest : mine[n];
+    }
+    largest = of_block(largest, true, shared);
+    for (int n = 0; n < 8; n++) {
+        int key = threadIdx.x + n * blockDim.x;
+        if (key < keys) {
+            T numerator = hidden[key] == 0 ? exp(mine[n] - largest) : (T)0;
+            score[key] = numerator;
+            sum += numerator;
+        }
+    }
+    sum = of_block(sum, false, shared);
+    if (threadIdx.x == 0) z[row] = sum;
+}
+
+// A row is a query: d_score = numerators * (d_score - dots), and the same shifted back.
+template <typename T> __global__ void score_gradient(
+        T* d_score, const T* numerators, const T* dots, T* back, int queries, int keys) {
+    long long row = blockIdx.x;
+    int shift = queries - 1 - (int)(row % queries);
+    T dot = dots[row];
+    for (int key = threadIdx.x; key < keys; key += blockDim.x) {
+        T numerator = numerators[row * keys + key];
+        T d = numerator == 0 ? (T)0 : numerator * (d_score[row * keys + key] - dot);
+        d_score[row * keys + key] = d;
+        if (key + shift < keys) back[row * keys + key + shift] = d;
+        if (key < shift) back[row * keys + key] = 0;
+    }
+}
+
+// z = (x - mean) s, s = 1 / sqrt(variance + eps)
+template <typename T> __global__ void normalised_rows(
+        const T* x, T* z, T* s, int length, double eps) {
+    __shared__ T shared[32];
+    long long at = (long long)blockIdx.x * length;
+    T sum = 0, squares = 0;
+    for (int j = threadIdx.x; j < length; j += blockDim.x) sum += x[at + j];
+    T mean = of_block(sum, false, shared) / length;
+    for (int j = threadIdx.x; j < length; j += blockDim.x)
+        squares += (x[at + j] - mean) * (x[at + j] - mean);
+    T scale = 1 / sqrt(of_block(squares, false, shared) / length + (T)eps);
+    for (int j = threadIdx.x; j < length; j += blockDim.x) z[at + j] = (x[at + j] - mean) * scale;
+    if (threadIdx.x == 0) s[blockIdx.x] = scale;
+}
+
+// h = s (g - mean(g) - z mean(g z))
+template <typename T> __global__ void normalise_gradient(
+        const T* g, const T* z, const T* s, T* h, int length) {
+    __shared__ T shared[32];
+    long long at = (long long)blockIdx.x * length;
+    T sum = 0, dot = 0;
+    for (int j = threadIdx.x; j < length; j += blockDim.x) {
+        sum += g[at + j];
+        dot += g[at + j] * z[at + j];
+    }
+    sum = of_block(sum, false, shared) / length;
+    dot = of_block(dot, false, shared) / length;
+    T scale = s[blockIdx.x];
+    for (int j = threadIdx.x; j < length; j += blockDim.x)
+        h[at + j] = (g[at + j] - sum - z[at + j] * dot) * scale;
+}
+"""
+ROW_KERNEL_NAMES = "softmax_numerators", "score_gradient", "normalised_rows", "normalise_gradient"
+MOST_KEYS = 8 * 1024                        # 8 for each of the most threads that a block may have
+
+
+@functools.cache
+def _row_kernels(cupy):
+    names = [f"{name}<{kind}>" for name in ROW_KERNEL_NAMES for kind in ("float", "double")]
+    return cupy.RawModule(code=ROW_KERNELS, options=("-std=c++17",), name_expressions=names)
+
+
+def _for_each_row(name, rows, threads, *arguments):
+    kind = "float" if arguments[0].dtype == numpy.float32 else "double"
+    if rows:
+        kernel = _row_kernels(xp.module).get_function(f"{name}<{kind}>")
+        kernel((rows,), (threads,), arguments)
+
+
+def softmax_numerators_kernel(scores, position, minus_infinity):
+    *batch, T, K = scores.shape
+    if K > MOST_KEYS:
+        return NotImplemented
+    z = xp.empty((*batch, T, 1), dtype=scores.dtype)
+    threads = max(64, 32 * math.ceil(K / (8 * 32)))
+    _for_each_row("softmax_numerators", z.size, threads, scores, position,
+                  xp.ascontiguousarray(minus_infinity), z, numpy.int32(T), numpy.int32(K))
+    return z
+
+
+def score_gradient_kernel(numerators, dots, d_score):
+    *_, T, K = d_score.shape
+    back = xp.empty_like(d_score)
+    _for_each_row("score_gradient", d_score.size // K, 128, d_score, numerators,
+                  xp.ascontiguousarray(dots), back, numpy.int32(T), numpy.int32(K))
+    return back
+
+
+def normalised_rows_kernel(x, eps):
+    x, length = xp.ascontiguousarray(x), x.shape[-1]
+    if not length:
+        return NotImplemented
+    z, s = xp.empty_like(x), xp.empty(x.shape[:-1] + (1,), dtype=x.dtype)
+    _for_each_row("normalised_rows", s.size, 128, x, z, s, numpy.int32(length),
+                  numpy.float64(eps))
+    return z, s
+
+
+def normalise_gradient_kernel(g, z, s):
+    g, length = xp.ascontiguousarray(g), g.shape[-1]
+    if not length:
+        return NotImplemented
+    h = xp.empty_like(g)
+    _for_each_row("normalise_gradient", s.size, 128, g, z, s, h, numpy.int32(length))
+    return h
+
+
+# %% 7. Random numbers
+# A generator of CuPy takes longer to initialise than dropout takes. So on a GPU number n is a hash
+# of the seed and n: nothing to initialise, and the state is a count.
+
+def random_generator(seed):
+    """A generator whose `random(shape, dtype)` are numbers in [0, 1).
+
+    seed, a list of integers, gives the same numbers again on the same kind of device.
+    """
+    return CounterGenerator(seed) if on_a_gpu() else xp.random.default_rng(seed)
+
+
+class CounterGenerator:
+    """SplitMix64 (Steele, Lea and Flood 2014), the upper 24 bits of each number."""
+
+    GOLDEN = 0x9E3779B97F4A7C15
+    HASH = ("unsigned long long x = start + (i + 1) * 0x9E3779B97F4A7C15ULL; "
+            "x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9ULL; "
+            "x = (x ^ (x >> 27)) * 0x94D049BB133111EBULL; "
+            "y = T((x ^ (x >> 31)) >> 40) / T(16777216)")
+
+    def __init__(self, seed):
+        self.start = int(numpy.random.SeedSequence(seed).generate_state(1, numpy.uint64)[0])
+
+    def random(self, shape, dtype):
+        y = xp.empty(shape, dtype=dtype)
+        self.kernel(xp.module)(numpy.uint64(self.start), y)
+        self.start = (self.start + y.size * self.GOLDEN) % 2**64
+        return y
+
+    @staticmethod
+    @functools.cache
+    def kernel(cupy):
+        return cupy.ElementwiseKernel("uint64 start", "T y", CounterGenerator.HASH, "uniform")
+
+
+# %% 8. Worker processes
 # NumPy works on one core at a time in everything but large matrix products. So the rows of
 # a batch are divided among processes. They are copies of this one, made by fork, and each
 # builds and walks a graph of its own. (Threads would do without copies, but they take turns

@@ -49,8 +49,8 @@ import zipfile
 import numpy
 
 from autograd import leaf_gradients, log_softmax, no_grad
-from backend import (DeviceError, Workers, keep_freed_memory, row_parts, to_numpy, use_device,
-                     xp)
+from backend import (DeviceError, Workers, computing_on, keep_freed_memory, random_generator,
+                     row_parts, to_numpy, use_device, what_a_gpu_says, xp)
 from txl import (Config, DividedAdam, TransformerXL, attention_by_distance, generate,
                  loss_and_memory, warmup_cosine)
 
@@ -158,7 +158,7 @@ class Run:
         memory = None if fresh else memories[group]
         generator = None
         if settings["dropout"]:
-            generator = xp.random.default_rng([settings["seed"], step, part])
+            generator = random_generator([settings["seed"], step, part])
         loss, memories[group] = loss_and_memory(
             self.model, tokens[rows], targets[rows], memory, generator)
         loss = loss * ((rows.stop - rows.start) / settings["batch_size"])
@@ -355,11 +355,7 @@ def report(run, workers):
     if evaluated:
         save_run(run, workers)
         if step < steps and not run.stop:
-            with run.adam.averaged():
-                # It continues token 0, the first in order and so most often the line's end.
-                sample = generate(run.model, [0], 160, 0.8, mem_len=run.eval_mem_len())
-                text = "".join(run.vocabulary[token] for token in sample).strip()
-            show("    " + text.replace("\n", "\n    "))
+            show("    " + sample_text(run).replace("\n", "\n    "))
     run.reported, run.reported_step = time.perf_counter(), step
 
 
@@ -376,6 +372,22 @@ def evaluate_and_keep_best(run):
                 meta = {**run.about, "step": state.step, "val_loss": val_loss}
                 save(run.out / "best.npz", meta, parameter_arrays(run.model))
     return val_loss
+
+
+def sample_text(run):
+    """What the averaged weights write after token 0, which most often is the end of a line.
+
+    It is written on the CPU. A token is a few hundred small operations, and a GPU takes longer to
+    start each of them than the CPU takes to do it.
+    """
+    with run.adam.averaged():
+        weights = {name: to_numpy(w.data) for name, w in run.model.parameters().items()}
+        with computing_on("cpu"):
+            model = TransformerXL(run.model.config)
+            for name, w in model.parameters().items():
+                w.data[...] = weights[name]
+            tokens = generate(model, [0], 160, 0.8, mem_len=run.eval_mem_len())
+            return "".join(run.vocabulary[token] for token in tokens).strip()
 
 
 def conclude(run):
@@ -1006,9 +1018,7 @@ FREE = {
     "eval_every": (300, positive, "steps between evaluations, each with a checkpoint")}
 SETTINGS = {**FIXED, **FREE}
 CHOICES = {"positions": ["sinusoid", "learned"], "activation": ["relu", "squared_relu"]}
-ON_A_GPU = {                                    # defaults there, where they differ
-    "n_layer": 6, "n_head": 6, "d_model": 384, "d_ff": 1536, "mem_len": 256, "dropout": 0.2,
-    "batch_size": 64, "seq_len": 256, "lr": 1e-3, "steps": 2000, "eval_every": 250}
+ON_A_GPU = {"n_layer": 8, "dropout": 0.12, "batch_size": 64, "steps": 4000}    # where they differ
 USED = {                                        # the settings that a command takes
     "train": SETTINGS, "eval": ("batch_size", "seq_len", "eval_mem_len"),
     "generate": ("seed", "eval_mem_len"), "plot": ("eval_mem_len",)}
@@ -1089,7 +1099,8 @@ def main(argv=None):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     try:
-        use_device(args.device, args.tf32)
+        # A text is written on the CPU, which is faster at that: see sample_text.
+        use_device("cpu" if args.mode == "generate" else args.device, args.tf32)
         keep_freed_memory()
         numpy.seterr(all="ignore")          # what is not finite is found where it matters
         commands = {"train": train, "eval": evaluate_run, "generate": generate_text,
@@ -1100,6 +1111,10 @@ def main(argv=None):
     except MemoryError:
         message = ("not enough memory: lower --batch-size, --seq-len, --mem-len or the size "
                    "of the model")
+    except RuntimeError as error:           # of CUDA or cuBLAS
+        message = what_a_gpu_says(error)
+        if message is None:
+            raise
     except BrokenPipeError:                 # whoever read the output has closed it: `… | head`
         no_more_output()
         return 1

@@ -71,10 +71,11 @@ import math
 import numpy
 
 from autograd import (Tensor, arrays, concatenate, cross_entropy, dropout, embedding, fold,
-                      layer_norm, linear, no_grad, normalise, relu, result, softmax,
-                      squared_relu, stop_gradient)
-from backend import (add_to_scores, jointly, op, row_dots, row_sums, score_gradient,
-                     shared_zeros, to_numpy, xp)
+                      layer_norm, linear, no_grad, normalise, relu_with_bias, result, softmax,
+                      squared_relu_with_bias, stop_gradient)
+from backend import (gpu_form, jointly, op, product, row_dots, row_sums, scaled_sum,
+                     score_gradient_kernel, shared_zeros, softmax_numerators_kernel, to_numpy,
+                     within, xp)
 
 
 # %% 1. Memory
@@ -372,13 +373,14 @@ class FeedForward:
     def __init__(self, config, rng, dtype):
         D, F = config.d_model, config.d_ff
         self.dropout = config.dropout
-        self.activation = relu if config.activation == "relu" else squared_relu
+        squared = config.activation == "squared_relu"
+        self.activation = squared_relu_with_bias if squared else relu_with_bias
         self.W_1, self.b_1 = weight(rng, (D, F), dtype), zeros(F, dtype)
         self.W_2 = weight(rng, (F, D), dtype, scale=1 / math.sqrt(2 * config.n_layer))
         self.b_2 = zeros(D, dtype)
 
     def __call__(self, x, generator=None):
-        hidden = self.activation(linear(x, self.W_1, self.b_1))     # x W_1 + b_1
+        hidden = self.activation(x @ self.W_1, self.b_1)
         return linear(dropout(hidden, self.dropout, generator), self.W_2, self.b_2)
 
 
@@ -650,7 +652,7 @@ def generate(model, prompt, length, temperature=1.0, top_k=None, top_p=None, rng
     memory, seq_len = None, max(1, mem_len)
     for at in range(0, prompt.size, seq_len):
         with no_grad():
-            segment = xp.asarray(prompt[None, at:at + seq_len])
+            segment = prompt[None, at:at + seq_len]
             logits, memory = model(segment, memory, mem_len=mem_len)
     logits = logits.data[0, -1]
     decoder = Decoder(model, memory, mem_len)           # appendix D
@@ -743,36 +745,53 @@ def score_blocks(H, B, T, K):
             for i in range(0, H, h) for j in range(0, B, b) for n in range(0, T, t)]
 
 
+@gpu_form(softmax_numerators_kernel)
+def softmax_numerators(scores, position, minus_infinity):
+    """E of scores + position, in place of the scores, and 0 where minus_infinity is. Returns z."""
+    scores += position
+    scores += minus_infinity
+    scores -= scores.max(axis=-1, keepdims=True)
+    xp.exp(scores, out=scores)
+    return row_sums(scores)
+
+
+@gpu_form(score_gradient_kernel)
+def score_gradient(E, dots, d_score):
+    """E (d_score - dots), in place of d_score. Returns the same shifted back."""
+    d_score -= dots
+    d_score *= E
+    return shift_back(d_score)
+
+
 @op
 def attend(q, kv, r, u, v, mask):
     """q [B, T, D], kv [B, K, 2 D] (keys, then values), r [K, D], u and v [H, d] -> [B, T, D].
 
-    mask [T, K] is True where a query must not see a key.
+    mask [T, K] is True where a query must not see a key. The future must be hidden.
     """
     Q, KV, R, U, V = arrays(q, kv, r, u, v)
     (B, T, D), (K, _), (H, d) = Q.shape, R.shape, U.shape
-    scale = 1 / math.sqrt(d)
-    blocks = score_blocks(H, B, T, K)
+    scale, blocks = Q.dtype.type(1 / math.sqrt(d)), score_blocks(H, B, T, K)
 
     def flat(x):
-        """[H, B, n, d] -> [H, B n, d]"""
-        return x.reshape(len(x), -1, x.shape[-1])
+        """[H, B, n, d] -> [H, 1, B n, d]"""
+        return x.reshape(len(x), 1, -1, x.shape[-1])
 
-    q_u, q_v = (heads((Q + bias.reshape(D)) * scale, H) for bias in (U, V))     # [H, B, T, d]
-    keys, values = heads(KV[..., :D], H), heads(KV[..., D:], H)
-    R = xp.ascontiguousarray(R.reshape(K, H, d).transpose(1, 0, 2))             # [H, K, d]
+    def transposed(x):
+        return x.swapaxes(-1, -2)
+
+    q_u, q_v = (heads(scaled_sum(Q, bias.reshape(D), scale), H) for bias in (U, V))
+    keys, values = heads(KV[..., :D], H), heads(KV[..., D:], H)                 # [H, B, K, d]
+    R = xp.ascontiguousarray(R.reshape(K, 1, H, d).transpose(2, 1, 0, 3))       # [H, 1, K, d]
     minus_infinity = xp.where(mask, -xp.inf, 0.0).astype(Q.dtype)
     o, z, numerators = xp.empty_like(Q), xp.empty((H, B, T, 1), dtype=Q.dtype), []
     for block, seen in blocks:
         i, j, t = block
-        E = q_u[block] @ keys[i, j, seen].swapaxes(-1, -2)
-        by_distance = flat(q_v[block]) @ R[i, K - seen.stop:].swapaxes(-1, -2)
+        E = product(q_u[block], transposed(keys[i, j, seen]))
+        by_distance = product(flat(q_v[block]), transposed(R[i, :, K - seen.stop:]))
         position = shifted_rows(by_distance.reshape(E.shape), seen.stop)
-        add_to_scores(position, minus_infinity[t, seen], E)     # E += both
-        E -= E.max(axis=-1, keepdims=True)
-        xp.exp(E, out=E)
-        z[block] = row_sums(E)
-        xp.matmul(E, values[i, j, seen], out=heads(o, H)[block])
+        z[block] = softmax_numerators(E, position, minus_infinity[t, seen])
+        product(E, values[i, j, seen], out=heads(o, H)[block])
         numerators.append(E)
     inverse_z = 1 / z
     heads(o, H)[...] *= inverse_z
@@ -785,25 +804,21 @@ def attend(q, kv, r, u, v, mask):
         d_keys, d_values = heads(d_kv[..., :D], H), heads(d_kv[..., D:], H)
         for (block, seen), E in zip(reversed(blocks), reversed(numerators)):
             i, j, t = block
-            d_score = g_z[block] @ values[i, j, seen].swapaxes(-1, -2)
-            score_gradient(E, g_z_o[block], d_score)        # E (d_score - g_z_o), in place
+            d_score = product(g_z[block], transposed(values[i, j, seen]))
+            d_by_distance = flat(score_gradient(E, g_z_o[block], d_score))
             for d_x, scores, x in ((d_values, E, g_z), (d_keys, d_score, q_u)):
-                # d_x = scores^T x, as (x^T scores)^T: CuPy copies what is transposed, and x
-                # is the smaller one.
-                x_t = x[block].swapaxes(-1, -2)
-                if t.stop >= T:
-                    xp.matmul(x_t, scores, out=d_x[i, j].swapaxes(-1, -2))
-                else:
-                    d_x[i, j, seen] += (x_t @ scores).swapaxes(-1, -2)
-            xp.matmul(d_score, keys[i, j, seen], out=heads(d_q_u, H)[block])
-            d_by_distance = flat(shift_back(d_score))
-            near = R[i, K - seen.stop:]
-            heads(d_q_v, H)[block] = (d_by_distance @ near).reshape(g_z[block].shape)
-            d_near = flat(q_v[block]).swapaxes(-1, -2) @ d_by_distance
-            d_r[i, K - seen.stop:] += d_near.swapaxes(-1, -2)
+                # d_x = scores^T x, or rather d_x^T = x^T scores
+                product(transposed(x[block]), scores, out=transposed(d_x[i, j, seen]),
+                        add=t.stop < T)
+            product(d_score, keys[i, j, seen], out=heads(d_q_u, H)[block])
+            near = R[i, :, K - seen.stop:]
+            heads(d_q_v, H)[block] = product(d_by_distance, near).reshape(g_z[block].shape)
+            product(transposed(flat(q_v[block])), d_by_distance,
+                    out=transposed(d_r[i, :, K - seen.stop:]), add=True)
         scales = xp.full(B * T, scale, dtype=o.dtype)           # a product with it is a sum
         d_u, d_v = ((scales @ x.reshape(B * T, D)).reshape(H, d) for x in (d_q_u, d_q_v))
-        return (d_q_u + d_q_v) * scale, d_kv, d_r.transpose(1, 0, 2).reshape(K, D), d_u, d_v
+        d_r = d_r.transpose(2, 1, 0, 3).reshape(K, D)
+        return scaled_sum(d_q_u, d_q_v, scale), d_kv, d_r, d_u, d_v
     return result(o, *jointly(gradients, q, kv, r, u, v))
 
 
@@ -1051,10 +1066,13 @@ def check_config(config):
 
 def checked_call(model, tokens, memory):
     """A call's tokens as an array, and its memory; ValueError where a shape is wrong."""
-    tokens = tokens.data if isinstance(tokens, Tensor) else xp.asarray(tokens)
+    tokens = tokens.data if isinstance(tokens, Tensor) else tokens
+    tokens = tokens if hasattr(tokens, "dtype") else numpy.asarray(tokens)
     if tokens.ndim != 2 or tokens.dtype.kind not in "iu":
         raise ValueError("tokens must be integers [batch, seq_len], "
                          f"not {tokens.dtype}{list(tokens.shape)}")
+    within(tokens, model.config.vocab_size)
+    tokens = xp.asarray(tokens)
     B, N, D = len(tokens), model.config.n_layer, model.config.d_model
     memory = model.empty_memory(B) if memory is None else memory
     if len(memory) != N or any(past.shape != (B, memory[0].shape[1], D) for past in memory):

@@ -167,7 +167,7 @@ class ElementwiseKernel:
         results = {name: arrays.get(name, numpy.empty(shape, dtype)) for name in self.results}
         if any(array.shape != shape for array in results.values()):
             raise ValueError(f"{self.name}: a result does not have the shape {shape}")
-        names = {"T": dtype.type, "exp": numpy.exp, "sqrt": numpy.sqrt, **values}
+        names = {"T": dtype.type, "max": numpy.maximum, **values}
         inputs = list(values)[:self.inputs]
         for name in inputs:                             # CUDA has them const
             if name in arrays:

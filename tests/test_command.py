@@ -98,6 +98,7 @@ def test_the_log_is_that_of_the_plain_loop(folder, threads):
     weights."""
     import train_shakespeare as command
     import txl
+    from backend import to_numpy
     name = f"plain{threads}"
     run(folder, "--data", "text", "--out", name, *SMALL, "--steps", "60", "--log-every", "1",
         "--eval-every", "30", "--threads", threads)
@@ -127,7 +128,7 @@ def test_the_log_is_that_of_the_plain_loop(folder, threads):
         val_loss = command.evaluate(model, tokens[len(streams.tokens):], 4, 16, 16, 1)
         assert float(rows[-1]["val_loss"]) == pytest.approx(val_loss, rel=1e-3)
         for kept, array in command.parameter_arrays(model).items():
-            numpy.testing.assert_allclose(best[kept], array, rtol=0.02, atol=2e-3)
+            numpy.testing.assert_allclose(best[kept], to_numpy(array), rtol=0.02, atol=2e-3)
 
 
 def test_a_run_is_not_overwritten_unless_asked(folder, finished):
@@ -447,6 +448,50 @@ def test_a_machine_without_a_gpu_gets_one_sentence(folder):
     answer = run(folder, "--device", "gpu", "--data", "text", "--out", "unused",
                  env=environment, status=1).stderr
     assert "pip install" in answer and "cupy-cuda13x" in answer
+
+
+CUPY = """
+import types
+__version__ = "14.2.0"
+float32 = "float32"
+class CUDARuntimeError(RuntimeError): pass
+class OutOfMemoryError(MemoryError): pass
+runtime = types.SimpleNamespace(CUDARuntimeError=CUDARuntimeError, getDeviceCount=lambda: 1)
+cuda = types.SimpleNamespace(runtime=runtime)
+def ones(*_, **__): {ones}
+"""
+
+
+@pytest.mark.parametrize("cupy, message", [
+    ("raise AttributeError('numpy has no attribute product')", "does not load with this NumPy"),
+    ("raise ValueError('numpy.dtype size changed')", "does not load with this NumPy"),
+    (CUPY.replace("14.2.0", "13.6.0"), "CuPy 13.6.0 is too old.*14 or newer"),
+    (CUPY.format(ones="raise OutOfMemoryError('Out of memory allocating 512 bytes')"),
+     "not enough free memory.*nvidia-smi"),
+    (CUPY.format(ones="raise CUDARuntimeError('cudaErrorMemoryAllocation: out of memory')"),
+     "not enough free memory"),
+    (CUPY.format(ones="raise PermissionError(13, 'Permission denied', '/root/.cupy')"),
+     "compiled kernels in /root/.cupy.*CUPY_CACHE_DIR"),
+    (CUPY.format(ones="raise OSError('libnvrtc.so.13 not found')"), "built for another CUDA"),
+], ids=["old CuPy", "changed NumPy", "CuPy 13", "no memory", "no memory in CUDA", "no cache",
+        "another CUDA"])
+def test_what_is_wrong_with_a_gpu_is_said_in_a_sentence(folder, tmp_path, cupy, message):
+    """A cupy that fails as real ones do."""
+    (tmp_path / "cupy.py").write_text(cupy)
+    answer = run(folder, "--device", "gpu", "--data", "text", "--out", "unused",
+                 env=dict(os.environ, PYTHONPATH=str(tmp_path)), status=1).stderr
+    assert re.search(message, answer), answer
+
+
+def test_a_gpu_that_has_no_memory_left_in_a_step_is_one_line(folder, monkeypatch, capsys):
+    import train_shakespeare as command
+
+    def fails(args):
+        raise RuntimeError("CUBLAS_STATUS_ALLOC_FAILED")
+    monkeypatch.setattr(command, "train", fails)
+    monkeypatch.setattr(command, "use_device", lambda *_: None)
+    assert command.main(["--out", str(folder / "unused")]) == 1
+    assert "not enough free memory: lower --batch-size" in capsys.readouterr().err
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(folder):

@@ -8,7 +8,6 @@ two.
 """
 import contextlib
 import importlib.util
-import inspect
 import pathlib
 import subprocess
 import sys
@@ -121,11 +120,16 @@ def test_operation_on_the_gpu(f, inputs, request):
 
 # %% Kernels
 
-PLAIN = {       # each formula, in NumPy; where the last operand is changed in place, its new value
-    "normalise_gradient": lambda g, z, s, mean_g, minus_mean_g_z: (
-        (g - mean_g + z * minus_mean_g_z) * s),
-    "add_to_scores": lambda position, minus_infinity, scores: scores + position + minus_infinity,
-    "score_gradient": lambda numerators, dots, d_scores: (d_scores - dots) * numerators}
+def relu(x):
+    return numpy.maximum(x, 0)
+
+
+PLAIN = {       # each formula, in NumPy
+    "scaled_sum": lambda x, w, scale: ((x + w) * scale,),
+    "relu_of_sum": lambda x, w, zero: (relu(x + w),),
+    "relu_gradient": lambda g, y: (numpy.where(y > 0, g, 0),),
+    "squared_relu_of_sum": lambda x, w, zero: (relu(x + w), relu(x + w) ** 2),
+    "squared_relu_gradient": lambda g, t: (2 * g * t,)}
 
 
 def test_every_formula_has_a_plain_form():
@@ -136,23 +140,25 @@ def test_every_formula_has_a_plain_form():
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize("formula", backend.FORMULAS, ids=lambda formula: formula.name)
 def test_a_formula_is_its_plain_form(formula, dtype, where):
-    """On positive numbers in [4, 1, 3] and, one axis broadcast, [4, 5, 1] arrays; what it
-    changes in place is [4, 5, 3]."""
-    plain, rng = PLAIN[formula.name], RNG(0)
-    shapes = [((4, 1, 3), (4, 5, 1))[n % 2] for n, _ in enumerate(formula.arrays)]
-    in_place = len(inspect.signature(plain).parameters) > len(formula.arrays)
-    operands = [rng.uniform(0.5, 2, shape).astype(dtype)
-                for shape in shapes + [(4, 5, 3)] * in_place]
+    """On numbers of both signs in [4, 1, 3] and, one axis broadcast, [4, 5, 1] arrays; `zero` and
+    `scale` are numbers."""
+    rng, numbers = RNG(0), {"zero": 0, "scale": 0.7}
+    operands = [numpy.dtype(dtype).type(numbers[name]) if name in numbers
+                else rng.uniform(-2, 2, ((4, 1, 3), (4, 5, 1))[n % 2]).astype(dtype)
+                for n, name in enumerate(formula.arrays)]
+    expected = PLAIN[formula.name](*operands)
     with device(where):
-        theirs = [xp.array(operand) for operand in operands]
-        answer = formula(*theirs)
-        answer, unchanged = to_numpy(theirs[-1] if in_place else answer), theirs[:len(shapes)]
-        unchanged = [to_numpy(array) for array in unchanged]
-    assert answer.dtype == dtype
+        theirs = [xp.array(operand) if operand.ndim else operand for operand in operands]
+        answers = formula(*theirs)
+        answers = answers if isinstance(answers, tuple) else (answers,)
+        answers, after = [to_numpy(x) for x in answers], [to_numpy(x) for x in theirs if x.ndim]
+    assert len(answers) == len(expected) == len(formula.results)
     tolerance = dict(rtol=1e-12) if dtype == "float64" else dict(rtol=1e-5, atol=1e-6)
-    numpy.testing.assert_allclose(answer, plain(*operands), **tolerance)
-    for before, after in zip(operands, unchanged):
-        numpy.testing.assert_array_equal(before, after)
+    for ours, plain in zip(answers, expected):
+        assert ours.dtype == dtype
+        numpy.testing.assert_allclose(ours, plain, **tolerance)
+    for before, unchanged in zip((x for x in operands if x.ndim), after):
+        numpy.testing.assert_array_equal(before, unchanged)
 
 
 # %% Training, evaluation, generation
@@ -253,14 +259,18 @@ def test_gradient_check_on_the_standin(on_the_standin):
                          ids=["float64", "float32"])
 @pytest.mark.parametrize("options", OPTIONS[:4], ids=str)
 def test_cupy_agrees_with_numpy(options, dtype, rtol):
-    """From one seed: the same weights, loss, every gradient and Adam's steps. (Dropout's random
-    numbers differ.)"""
+    """From one seed: the same weights, loss, every gradient and Adam's steps.
+
+    (Dropout's random numbers differ. In float32 only the first loss and its gradient are compared:
+    where a gradient is nearly 0, rounding decides its sign, and Adam makes a whole step of it.)
+    """
     answers = []
     for name in ("cpu", "gpu"):
         with device(name):
             answers.append(everything(options, dtype))
     for name, expected in answers[0].items():
-        if name != "text":
-            scale = numpy.abs(expected).max()
-            numpy.testing.assert_allclose(answers[1][name], expected, rtol=rtol,
-                                          atol=rtol * max(scale, 1e-3), err_msg=name)
+        if name == "text" or dtype == numpy.float32 and " 0" not in name:
+            continue
+        scale = numpy.abs(expected).max()
+        numpy.testing.assert_allclose(answers[1][name], expected, rtol=rtol,
+                                      atol=rtol * max(scale, 1e-3), err_msg=name)

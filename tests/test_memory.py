@@ -265,6 +265,15 @@ def test_a_call_with_wrong_shapes_says_what_is_expected():
         model(some_tokens(T), [xp.zeros((1, 1, 8))] * 3)
 
 
+@pytest.mark.parametrize("wrong", [-1, 11, 10**9])
+def test_a_token_that_is_none_is_an_error(wrong):
+    model = model_of({})
+    for compute in (lambda: model([[0, wrong]]), lambda: model(numpy.array([[wrong]])),
+                    lambda: list(txl.generate(model, [1, wrong], 2))):
+        with pytest.raises(IndexError, match=f"{wrong} is not one of 0 … 10"):
+            compute()
+
+
 def test_a_seed_means_one_model_and_float32_and_float64_agree():
     config = dataclasses.replace(model_of({}).config)
     one, two, other = (txl.TransformerXL(config, seed=seed) for seed in (1, 1, 2))

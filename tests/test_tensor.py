@@ -91,14 +91,24 @@ def test_dropout_with_a_probability_of_numpys_keeps_float32():
 
 @pytest.mark.parametrize("rows, dtype", [(256, "uint8"), (200, "int8")])
 def test_the_ids_of_an_embedding_may_have_any_integer_dtype(rows, dtype):
-    """Also one that cannot hold the number of rows; negative ones count from the end, as in
-    NumPy."""
+    """Also one that cannot hold the number of rows."""
     table = leaf(numpy.arange(2.0 * rows).reshape(rows, 2))
-    ids = numpy.array([3, -1 if dtype == "int8" else 255, 3], dtype=dtype)
+    ids = numpy.array([3, numpy.iinfo(dtype).max, 3], dtype=dtype)
     autograd.embedding(table, xp.asarray(ids)).sum().backward()
     expected = numpy.zeros((rows, 2))
-    expected[3], expected[-1] = 2, 1
+    expected[3], expected[ids[1]] = 2, 1
     numpy.testing.assert_array_equal(to_numpy(table.grad), expected)
+
+
+@pytest.mark.parametrize("wrong", [-1, 3, 10**12])
+def test_ids_and_targets_out_of_range_are_an_error_on_every_device(wrong):
+    """Negative ones as well: -1, which elsewhere means "ignore", would be the last row."""
+    table = leaf(numpy.ones((3, 3)))
+    for compute in (lambda: autograd.embedding(table, [0, wrong]),
+                    lambda: autograd.cross_entropy(table, [0, 1, wrong]),
+                    lambda: autograd.embedding(table, numpy.array([[wrong]]))):
+        with pytest.raises(IndexError, match=f"{wrong} is not one of 0 … 2"):
+            compute()
 
 
 def test_float32_and_float64_do_not_mix():
@@ -367,8 +377,9 @@ def test_an_error_names_the_operation_and_the_shapes(error, message, compute):
 
 
 def test_what_a_tensor_cannot_hold():
-    with pytest.raises(TypeError, match="numbers expected"):
-        Tensor(["a"])
+    for data in (["a"], "a", numpy.array(["a"]), [None]):
+        with pytest.raises(TypeError, match="numbers expected"):
+            Tensor(data)
     with pytest.raises(TypeError, match="only floating-point values have a gradient, not int64"):
         Tensor(xp.asarray([1, 2]), requires_grad=True)
     with pytest.raises(TypeError, match="Tensor already"):

@@ -1,0 +1,276 @@
+"""What a GPU runs in place of array operations, compared with these on any machine.
+
+The kernels' text is C++. Compiled for the processor, with one thread to a block, it computes what
+it computes on a GPU, but for the order of sums. cuBLAS is replaced by a few lines that follow its
+documentation: matrices column by column, read from plain addresses. With `--device gpu` the real
+kernels and cuBLAS run instead.
+"""
+import ctypes
+import itertools
+import shutil
+import subprocess
+
+import numpy
+import pytest
+
+import autograd
+import backend
+import txl
+from autograd import to_numpy, xp
+
+RNG = numpy.random.default_rng
+DTYPES = pytest.mark.parametrize("dtype", [numpy.float64, numpy.float32])
+
+
+def close(ours, expected, dtype):
+    tolerance = 1e-10 if dtype == numpy.float64 else 2e-5
+    numpy.testing.assert_allclose(to_numpy(ours), to_numpy(expected), rtol=tolerance,
+                                  atol=tolerance)
+
+
+# %% Products of views
+
+def stack(rng, shape, layout, dtype):
+    """Random numbers [H, B, n, k] as a view of one of the kinds that attention multiplies."""
+    H, B, n, k = shape
+    if layout == "heads":                               # every H-th group of columns
+        x = rng.normal(size=(B, n, H * k)).reshape(B, n, H, k).transpose(2, 0, 1, 3)
+    elif layout == "transposed":
+        x = rng.normal(size=(H, B, k, n)).swapaxes(-1, -2)
+    elif layout == "transposed heads":
+        x = rng.normal(size=(B, k, H * n)).reshape(B, k, H, n).transpose(2, 0, 3, 1)
+    elif layout == "part":                              # of a larger array
+        x = rng.normal(size=(H + 1, B, n + 3, k + 2))[1:, :, 2:n + 2, :k]
+    elif layout == "repeated":
+        x = numpy.broadcast_to(rng.normal(size=(H, 1, n, k)), shape)
+    elif layout == "gaps":                              # no axis has consecutive numbers
+        x = rng.normal(size=(H, B, n, 2 * k))[..., ::2]
+    else:
+        x = rng.normal(size=shape)
+    return same_layout(x, dtype)
+
+
+def same_layout(x, dtype):
+    """The numbers in a dtype and on the device, with the same strides in elements."""
+    extent = 1 + sum((size - 1) * stride // x.itemsize
+                     for size, stride in zip(x.shape, x.strides) if size)
+    y = xp.zeros(max(extent, 1), dtype=dtype)
+    view = xp.lib.stride_tricks.as_strided(
+        y, x.shape, [stride // x.itemsize * y.itemsize for stride in x.strides])
+    view[...] = xp.asarray(x.astype(dtype))
+    return view
+
+
+LAYOUTS = ["plain", "heads", "transposed", "transposed heads", "part", "repeated", "gaps"]
+SIZES = [(2, 3, 4, 5, 6), (1, 1, 1, 1, 1), (2, 2, 1, 3, 4), (2, 2, 3, 1, 4), (2, 2, 3, 4, 1),
+         (2, 1, 1, 1, 3), (0, 2, 3, 4, 5), (2, 0, 3, 4, 5), (2, 2, 0, 4, 5), (2, 2, 3, 0, 5),
+         (2, 2, 3, 4, 0), (1, 4, 7, 2, 1)]
+
+
+def gemm_of_the_documentation(b_transposed, a_transposed, m, n, k, one, b, kind, b_step, b_next,
+                              a, _, a_step, a_next, old, out, __, out_step, out_next, count,
+                              compute, algorithm):
+    """cublasGemmStridedBatchedEx: out = one * op(b) op(a) + old * out, all column by column."""
+    number = {backend.CUDA_R_32F: ctypes.c_float, backend.CUDA_R_64F: ctypes.c_double}[kind]
+
+    def matrix(address, rows, columns, step, transposed=False):
+        assert step >= max(1, columns if transposed else rows)
+        if transposed:
+            return matrix(address, columns, rows, step).T
+        memory = numpy.ctypeslib.as_array((number * (step * (columns - 1) + rows))
+                                          .from_address(address))
+        size = memory.itemsize
+        return numpy.lib.stride_tricks.as_strided(memory, (rows, columns), (size, size * step))
+    factor, keep = (number.from_address(address).value for address in (one, old))
+    size = ctypes.sizeof(number)
+    for i in range(count):
+        left = matrix(b + i * b_next * size, m, k, b_step, b_transposed)
+        right = matrix(a + i * a_next * size, k, n, a_step, a_transposed)
+        target = matrix(out + i * out_next * size, m, n, out_step)
+        target[...] = factor * (left @ right) + (keep * target if keep else 0)
+
+
+@DTYPES
+@pytest.mark.parametrize("way", ["cuBLAS", "as computed here"])
+@pytest.mark.parametrize("H, B, n, k, m", SIZES)
+def test_a_product_of_views_is_the_product(H, B, n, k, m, way, dtype):
+    """Of every layout with every other, new, into a view, and added to a view."""
+    if way == "cuBLAS":
+        def product(a, b, out=None, add=False):
+            return backend._product(a, b, out, add, False, lambda x: x.ctypes.data,
+                                    gemm_of_the_documentation)
+        if xp.module is not numpy:
+            return                                      # the real one is tested there
+    else:
+        product = backend.product
+    rng = RNG(0)
+    for a_layout, b_layout in itertools.product(LAYOUTS, LAYOUTS):
+        a, b = stack(rng, (H, B, n, k), a_layout, dtype), stack(rng, (H, B, k, m), b_layout, dtype)
+        ab = to_numpy(a) @ to_numpy(b)
+        close(product(a, b), ab, dtype)
+        for out_layout in ("heads", "transposed heads", "part"):
+            for add in (False, True):
+                out = stack(rng, (H, B, n, m), out_layout, dtype)
+                expected = ab + (to_numpy(out) if add else 0)
+                assert product(a, b, out=out, add=add) is out
+                close(out, expected, dtype)
+
+
+# %% Kernels for rows
+
+SIGNATURES = {      # T: pointer to numbers, i: integer, d: float64
+    "softmax_numerators": "TTTTii", "score_gradient": "TTTTii", "normalised_rows": "TTTid",
+    "normalise_gradient": "TTTTi"}
+
+ONE_THREAD = r"""
+#include <cmath>
+using std::exp; using std::sqrt;
+struct Place { unsigned x; };
+static Place blockIdx = {0}, threadIdx = {0}, blockDim = {1};
+#define __global__
+#define __device__
+#define __shared__
+static void __syncthreads() {}
+template <typename T> T __shfl_xor_sync(unsigned, T x, int) { return x; }
+"""
+
+
+def on_the_processor(folder):
+    """A C library with every kernel for float and double, one thread to a block."""
+    text = ONE_THREAD + backend.ROW_KERNELS
+    for (name, signature), kind in itertools.product(SIGNATURES.items(), ("float", "double")):
+        types = [{"T": f"{kind}*", "i": "int", "d": "double"}[letter] for letter in signature]
+        declared = ", ".join(f"{type} a{n}" for n, type in enumerate(types))
+        given = ", ".join(f"a{n}" for n, _ in enumerate(types))
+        text += (f'extern "C" void {name}_{kind}(int rows, {declared}) {{ for (blockIdx.x = 0; '
+                 f"blockIdx.x < (unsigned)rows; blockIdx.x++) {name}<{kind}>({given}); }}\n")
+    text += ('extern "C" void uniform(unsigned long long start, float* out, int count) { '
+             "typedef float T; for (long long i = 0; i < count; i++) { float& y = out[i]; "
+             + backend.CounterGenerator.HASH + "; } }\n")
+    (folder / "kernels.cpp").write_text(text)
+    subprocess.run(["g++", "-O1", "-std=c++17", "-shared", "-fPIC", "-Wall", "-Werror",
+                    "-o", folder / "kernels.so", folder / "kernels.cpp"], check=True)
+    return ctypes.CDLL(str(folder / "kernels.so"))
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    if xp.module is not numpy:
+        return None                                     # the GPU runs them
+    if shutil.which("g++") is None:
+        pytest.skip("needs a C++ compiler")
+    return on_the_processor(tmp_path_factory.mktemp("kernels"))
+
+
+@pytest.fixture
+def kernels(library, monkeypatch):
+    """The kernels' forms, which run on the processor where there is no GPU."""
+    if library is not None:
+        def for_each_row(name, rows, threads, *arguments):
+            kind = "float" if arguments[0].dtype == numpy.float32 else "double"
+            assert len(arguments) == len(SIGNATURES[name])
+            given = [ctypes.c_void_p(x.ctypes.data) if x.ndim else
+                     ctypes.c_int(x) if x.dtype == numpy.int32 else ctypes.c_double(x)
+                     for x in arguments]
+            getattr(library, f"{name}_{kind}")(int(rows), *given)
+        monkeypatch.setattr(backend, "_for_each_row", for_each_row)
+    return {name: kernel for name, (_, kernel) in backend.FORMS.items()}
+
+
+def plain(name):
+    return backend.FORMS[name][0]
+
+
+def test_every_kernel_has_a_plain_form():
+    assert backend.FORMS.keys() == set(backend.ROW_KERNEL_NAMES) == SIGNATURES.keys()
+
+
+@DTYPES
+@pytest.mark.parametrize("T, M, window", [(1, 0, None), (1, 5, None), (3, 0, None), (3, 2, None),
+                                          (4, 4, None), (3, 5, 2), (8, 0, 3)])
+def test_the_softmax_of_shifted_scores(kernels, T, M, window, dtype):
+    """Numerators and their sums; then the gradient, whose hidden places are 0."""
+    rng, K = RNG(1), M + T
+    scores, by_distance, d_score = (rng.normal(size=(2, 3, T, K)).astype(dtype) for _ in range(3))
+    mask = to_numpy(txl.hidden_keys(T, M, window))
+    minus_infinity = xp.asarray(numpy.where(mask, -numpy.inf, 0).astype(dtype))
+    dots = rng.normal(size=(2, 3, T, 1)).astype(dtype)
+    answers = []
+    for forms in ({name: plain(name) for name in kernels}, kernels):
+        E, d = xp.array(scores), xp.array(d_score)
+        position = txl.shifted_rows(xp.array(by_distance), K)
+        z = forms["softmax_numerators"](E, position, minus_infinity)
+        back = forms["score_gradient"](E, xp.asarray(dots), d)
+        answers.append((E, z, d, back))
+    for ours, expected in zip(*reversed(answers)):
+        assert ours.shape == expected.shape and ours.dtype == dtype
+        close(ours, expected, dtype)
+
+
+@DTYPES
+@pytest.mark.parametrize("shape", [(4, 5), (2, 3, 7), (1, 1), (0, 4), (3, 200)])
+def test_normalised_rows_and_their_gradient(kernels, shape, dtype):
+    rng = RNG(2)
+    x, g = (xp.asarray(rng.normal(1, 2, size=shape).astype(dtype)) for _ in range(2))
+    z, s = kernels["normalised_rows"](x, 1e-5)
+    for ours, expected in zip((z, s), plain("normalised_rows")(x, 1e-5)):
+        assert ours.shape == expected.shape and ours.dtype == dtype
+        close(ours, expected, dtype)
+    close(kernels["normalise_gradient"](g, z, s), plain("normalise_gradient")(g, z, s), dtype)
+
+
+def test_more_keys_than_a_block_can_take_and_empty_rows_are_left_to_the_plain_form():
+    wide, none = xp.zeros((1, 1, 1, backend.MOST_KEYS + 1)), xp.zeros((2, 0))
+    assert backend.softmax_numerators_kernel(wide, wide, wide[0, 0]) is NotImplemented
+    assert backend.normalised_rows_kernel(none, 1e-5) is NotImplemented
+    assert autograd.normalise(none).shape == (2, 0)
+
+
+# %% Random numbers
+
+def splitmix64(start, count):
+    """SplitMix64 in Python's integers."""
+    for n in range(1, count + 1):
+        x = (start + n * backend.CounterGenerator.GOLDEN) % 2**64
+        x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
+        yield x ^ x >> 31
+
+
+def test_the_hash_is_splitmix64(library):
+    """The reference's first numbers for seed 0 (Vigna's splitmix64.c), and the kernel's."""
+    assert list(splitmix64(0, 3)) == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
+    generator = backend.CounterGenerator([1, 2, 3])
+    start = generator.start
+    expected = [(x >> 40) / 2**24 for x in splitmix64(start, 1000)]
+    if library is None:
+        ours = to_numpy(generator.random((10, 60), numpy.float32)).ravel().tolist()
+        ours += to_numpy(generator.random((400,), numpy.float32)).tolist()      # it goes on
+    else:
+        ours = numpy.zeros(1000, dtype=numpy.float32)
+        library.uniform(ctypes.c_ulonglong(start), ctypes.c_void_p(ours.ctypes.data), 1000)
+    numpy.testing.assert_array_equal(ours, numpy.array(expected, dtype=numpy.float32))
+    assert 0 <= min(expected) and max(expected) < 1 and abs(numpy.mean(expected) - 0.5) < 0.02
+    assert backend.CounterGenerator([1, 2, 4]).start != start
+
+
+# %% CUDA itself
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+def test_nvcc_compiles_the_kernels(tmp_path):
+    text = backend.ROW_KERNELS
+    for (name, signature), kind in itertools.product(SIGNATURES.items(), ("float", "double")):
+        start = text.index(f"void {name}(") + len(f"void {name}(")
+        declared = text[start:text.index(")", start)].split(",")
+        types = [" ".join(part.split()[:-1]).replace("T", kind) for part in declared]
+        assert len(types) == len(signature)
+        text += f"template __global__ void {name}<{kind}>({', '.join(types)});\n"
+    text += ("__global__ void uniform(unsigned long long start, float* out) { typedef float T; "
+             "long long i = threadIdx.x; float& y = out[i]; "
+             + backend.CounterGenerator.HASH + "; }\n")
+    (tmp_path / "kernels.cu").write_text(text)
+    done = subprocess.run(["nvcc", "-std=c++17", "-ptx", "-o", tmp_path / "kernels.ptx",
+                           tmp_path / "kernels.cu"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    ptx = (tmp_path / "kernels.ptx").read_text()
+    assert all(ptx.count(f"{len(name)}{name}") >= 2 for name in SIGNATURES)
