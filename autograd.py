@@ -28,10 +28,8 @@ import threading
 
 import numpy
 
-from backend import (first_gradient, gpu_form, jointly, leading_sums, normalise_gradient_kernel,
-                     normalised_rows_kernel, numeric_array, op, relu_gradient, relu_of_sum,
-                     row_dots, row_sums, same_dtype, squared_relu_gradient, squared_relu_of_sum,
-                     to_numpy, use_device, within, xp)
+from backend import (RELU_FORMULAS, first_gradient, gpu_form, jointly, leading_sums, op, within,
+                     numeric_array, row_dots, row_sums, same_dtype, to_numpy, use_device, xp)
 
 
 # %% 1. One gradient
@@ -514,7 +512,7 @@ def cross_entropy(logits, targets):
 # mean, leaves z as it is, but for eps. So L does not change along (1, …, 1) and along
 # x - mean, and dL/dx is orthogonal to both.
 
-@gpu_form(normalised_rows_kernel)
+@gpu_form
 def normalised_rows(x, eps):
     """z and s of every row (last axis)."""
     n = x.shape[-1] or 1
@@ -524,7 +522,7 @@ def normalised_rows(x, eps):
     return z, s
 
 
-@gpu_form(normalise_gradient_kernel)
+@gpu_form
 def normalise_gradient(g, z, s):
     """s (g - mean(g) - z mean(g z))"""
     n = g.shape[-1] or 1
@@ -702,20 +700,20 @@ def linear(a, weight, bias, before=None):
                   (bias, lambda g: xp.ones(rows, dtype=w.dtype) @ g.reshape(rows, m)))
 
 
-@op
-def relu_with_bias(a, bias):
-    """relu(a + bias)"""
-    x, w = arrays(a, bias)
-    y = relu_of_sum(x, w, x.dtype.type(0))
-    return result(y, *jointly(lambda g: (relu_gradient(g, y),) * 2, a, bias))
+def with_bias(name):
+    """The operation relu(a + bias) or squared_relu(a + bias), in one pass each way on a GPU."""
+    forward, backward = RELU_FORMULAS[name]
+
+    def operation(a, bias):
+        x, w = arrays(a, bias)
+        y = forward(x, w, x.dtype.type(0))
+        kept, y = (y, y) if name == "relu" else y           # relu(a + bias), and the result
+        return result(y, *jointly(lambda g: (backward(g, kept),) * 2, a, bias))
+    operation.__name__ = operation.__qualname__ = f"{name}_with_bias"
+    return op(operation)
 
 
-@op
-def squared_relu_with_bias(a, bias):
-    """squared_relu(a + bias)"""
-    x, w = arrays(a, bias)
-    t, y = squared_relu_of_sum(x, w, x.dtype.type(0))
-    return result(y, *jointly(lambda g: (squared_relu_gradient(g, t),) * 2, a, bias))
+relu_with_bias, squared_relu_with_bias = with_bias("relu"), with_bias("squared_relu")
 
 
 def fold(gain, bias, weight):

@@ -17,7 +17,7 @@ plain meaning, and the other files rely on no more than that:
     leading_sums(x, n)         x.sum(axis=the first n axes)
     product(a, b, out, add)    a @ b, into `out` or added to it
     an Elementwise formula     its text, in NumPy
-    @gpu_form(kernel)          the function below it, as it stands
+    @gpu_form                  the function below it, as it stands
     random_generator(seed)     xp.random.default_rng(seed)
     within(ids, n)             an IndexError where an id is not one of 0 … n-1
     workers(f, x)              [f(part, x) for part in parts]
@@ -339,6 +339,8 @@ squared_relu_of_sum = Elementwise("squared_relu_of_sum", "x w zero", "t y",
                                   "t = max(x + w, zero); y = t * t")
 squared_relu_gradient = Elementwise("squared_relu_gradient", "g t", "h", "h = 2 * g * t")
 FORMULAS = [scaled_sum, relu_of_sum, relu_gradient, squared_relu_of_sum, squared_relu_gradient]
+RELU_FORMULAS = {"relu": (relu_of_sum, relu_gradient),
+                 "squared_relu": (squared_relu_of_sum, squared_relu_gradient)}
 
 
 # %% 5. Products
@@ -424,24 +426,27 @@ def _layout(x):
 # %% 6. Kernels for rows
 # What takes a row at a time, a softmax or a layer normalisation, is several passes over memory in
 # array operations, and one in a kernel: a block of threads takes a row. Each kernel computes what
-# a plain function of autograd.py or txl.py computes, which names it in `@gpu_form(…)`.
+# the function of the same name in autograd.py or txl.py computes, which is marked `@gpu_form`.
 
-FORMS = {}      # name of a plain function -> (it, its kernel's form); the tests compare the two
+KERNEL_FORMS, PLAIN_FORMS = {}, {}      # by name; the tests compare the two
 
 
-def gpu_form(kernel_form):
-    """A decorator: on a GPU `kernel_form` computes what the function below computes elsewhere.
+def kernel_form(function):
+    """What a GPU computes in the place of the plain form; NotImplemented where it cannot."""
+    KERNEL_FORMS[function.__name__] = function
+    return function
 
-    Where kernel_form cannot, it returns NotImplemented.
-    """
-    def decorate(plain):
-        @functools.wraps(plain)
-        def function(*arguments):
-            answer = kernel_form(*arguments) if on_a_gpu() else NotImplemented
-            return plain(*arguments) if answer is NotImplemented else answer
-        FORMS[plain.__name__] = plain, kernel_form
-        return function
-    return decorate
+
+def gpu_form(plain):
+    """The plain function; on a GPU its kernel form."""
+    PLAIN_FORMS[plain.__name__] = plain
+    kernel = KERNEL_FORMS[plain.__name__]
+
+    @functools.wraps(plain)
+    def function(*arguments):
+        answer = kernel(*arguments) if on_a_gpu() else NotImplemented
+        return plain(*arguments) if answer is NotImplemented else answer
+    return function
 
 
 ROW_KERNELS = r"""
@@ -537,13 +542,12 @@ template <typename T> __global__ void normalise_gradient(
         h[at + j] = (g[at + j] - sum - z[at + j] * dot) * scale;
 }
 """
-ROW_KERNEL_NAMES = "softmax_numerators", "score_gradient", "normalised_rows", "normalise_gradient"
 MOST_KEYS = 8 * 1024                        # 8 for each of the most threads that a block may have
 
 
 @functools.cache
 def _row_kernels(cupy):
-    names = [f"{name}<{kind}>" for name in ROW_KERNEL_NAMES for kind in ("float", "double")]
+    names = [f"{name}<{kind}>" for name in KERNEL_FORMS for kind in ("float", "double")]
     return cupy.RawModule(code=ROW_KERNELS, options=("-std=c++17",), name_expressions=names)
 
 
@@ -554,7 +558,8 @@ def _for_each_row(name, rows, threads, *arguments):
         kernel((rows,), (threads,), arguments)
 
 
-def softmax_numerators_kernel(scores, position, minus_infinity):
+@kernel_form
+def softmax_numerators(scores, position, minus_infinity):
     *batch, T, K = scores.shape
     if K > MOST_KEYS:
         return NotImplemented
@@ -565,7 +570,8 @@ def softmax_numerators_kernel(scores, position, minus_infinity):
     return z
 
 
-def score_gradient_kernel(numerators, dots, d_score):
+@kernel_form
+def score_gradient(numerators, dots, d_score):
     *_, T, K = d_score.shape
     back = xp.empty_like(d_score)
     _for_each_row("score_gradient", d_score.size // K, 128, d_score, numerators,
@@ -573,7 +579,8 @@ def score_gradient_kernel(numerators, dots, d_score):
     return back
 
 
-def normalised_rows_kernel(x, eps):
+@kernel_form
+def normalised_rows(x, eps):
     x, length = xp.ascontiguousarray(x), x.shape[-1]
     if not length:
         return NotImplemented
@@ -583,7 +590,8 @@ def normalised_rows_kernel(x, eps):
     return z, s
 
 
-def normalise_gradient_kernel(g, z, s):
+@kernel_form
+def normalise_gradient(g, z, s):
     g, length = xp.ascontiguousarray(g), g.shape[-1]
     if not length:
         return NotImplemented

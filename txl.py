@@ -74,8 +74,7 @@ from autograd import (Tensor, arrays, concatenate, cross_entropy, dropout, embed
                       layer_norm, linear, no_grad, normalise, relu_with_bias, result, softmax,
                       squared_relu_with_bias, stop_gradient)
 from backend import (gpu_form, jointly, op, product, row_dots, row_sums, scaled_sum,
-                     score_gradient_kernel, shared_zeros, softmax_numerators_kernel, to_numpy,
-                     within, xp)
+                     shared_zeros, to_numpy, within, xp)
 
 
 # %% 1. Memory
@@ -745,7 +744,7 @@ def score_blocks(H, B, T, K):
             for i in range(0, H, h) for j in range(0, B, b) for n in range(0, T, t)]
 
 
-@gpu_form(softmax_numerators_kernel)
+@gpu_form
 def softmax_numerators(scores, position, minus_infinity):
     """E of scores + position, in place of the scores, and 0 where minus_infinity is. Returns z."""
     scores += position
@@ -755,7 +754,7 @@ def softmax_numerators(scores, position, minus_infinity):
     return row_sums(scores)
 
 
-@gpu_form(score_gradient_kernel)
+@gpu_form
 def score_gradient(E, dots, d_score):
     """E (d_score - dots), in place of d_score. Returns the same shifted back."""
     d_score -= dots
