@@ -14,9 +14,9 @@ as long as computing the loss. Its price is memory: what gradients need is kept 
     6. faster            forms of operations that save time
     7. a walk through    what `python autograd.py` prints
 
-From backend.py: `xp` is the array library, NumPy or CuPy. `@op` registers an operation, and
-makes its errors name it. row_sums(x) is x.sum(axis=-1, keepdims=True), row_dots(x, y) is
-row_sums(x * y).
+From backend.py: `xp` is the array library, NumPy or CuPy. `@op` registers an operation for the
+tests, and makes its errors name it. What is marked `@gpu_form` a GPU computes in one pass.
+row_sums(x) is x.sum(axis=-1, keepdims=True), row_dots(x, y) is row_sums(x * y).
 """
 import builtins
 import contextlib
@@ -48,7 +48,7 @@ class Tensor:
 
     data            an array of the current device's library; lists and numbers become one
     requires_grad   True for a parameter, and for what is computed from one
-    grad            None, or after L.backward() of a parameter: dL/d(data), which adds up
+    grad            None at first; L.backward() adds dL/d(data) to that of a parameter
     """
 
     __slots__ = ("data", "grad", "requires_grad", "_node", "__weakref__")
@@ -134,10 +134,12 @@ def result(data, *edges):
 def leaf_gradients(root, gradient=None):
     """The backward pass: [(leaf, its gradient), …] for every leaf that requires a gradient.
 
-    A node's gradient is complete when all that was computed from it has been visited. All of
-    that is younger. And what is not reached yet will be reached from a younger node still. So
-    the youngest node reached is always complete. This needs no recursion, which in Python ends
-    at a depth of a thousand.
+    It visits the youngest of the nodes reached, again and again. A node's gradient is complete
+    when all that was computed from it has been visited. Suppose that something is missing. It is
+    younger than the node, and lies on a path of nodes, each younger than the next, that starts at
+    `root`. One of these has been reached and not visited. Then the node is not the youngest one.
+
+    There is no recursion, which in Python ends at a depth of a thousand.
     """
     gradients = {root._node or root: first_gradient(root, gradient)}        # dL/dL = 1
     reached = [(-root._node.number, root._node)] if root._node else []      # youngest first
@@ -243,7 +245,7 @@ def divide(a, b):
 
 @op
 def power(a, b):
-    """a ** b. d/da = b a^(b-1), 0 where b = 0. d/db = a^b log a, 0 where a = 0."""
+    """a ** b. d/da = b a^(b-1), 0 where b = 0. d/db = a^b log a, 0 where a = 0 < b."""
     x, w = arrays(a, b)
     x = x if hasattr(x, "dtype") else xp.full((), x, dtype=xp.result_type(x, w))
     y = x ** w
@@ -251,7 +253,7 @@ def power(a, b):
                   (b, lambda g: g * y * xp.log(xp.where(x == 0, xp.ones_like(y), x))))
 
 
-# Functions of one number. Each gradient needs x or y, and only that array is kept.
+# Functions of one number. A gradient needs x or y, and only that array is kept.
 
 def elementary(name, f, of_x=None, of_y=None):
     """The operation y = f(x), with dL/dx = of_x(x, g) or of_y(y, g)."""
@@ -619,7 +621,7 @@ def check_gradients(f, inputs, eps=1e-5, rtol=1e-6, atol=1e-7, samples=None, see
     f         deterministic function of the inputs; returns a Tensor of any shape
     inputs    float64 Tensors with requires_grad, whose `.grad` is overwritten: a list, or a
               dict, whose names go into messages
-    samples   check that many elements of each input, chosen by `seed`, instead of all
+    samples   how many elements of each input to check, chosen by `seed`; None: all
 
     The loss is a randomly weighted sum of f's elements, in which errors do not cancel.
     Returns the largest difference. Raises GradientError with the worst element where a
@@ -706,8 +708,9 @@ def with_bias(name):
 
     def operation(a, bias):
         x, w = arrays(a, bias)
-        y = forward(x, w, x.dtype.type(0))
-        kept, y = (y, y) if name == "relu" else y           # relu(a + bias), and the result
+        # The sum's relu, which the gradient needs, and the result. For relu both are one.
+        answer = forward(x, w, x.dtype.type(0))
+        kept, y = (answer, answer) if name == "relu" else answer
         return result(y, *jointly(lambda g: (backward(g, kept),) * 2, a, bias))
     operation.__name__ = operation.__qualname__ = f"{name}_with_bias"
     return op(operation)

@@ -325,8 +325,10 @@ def report(run, workers):
     evaluated = step % settings["eval_every"] == 0 or step == steps
     due = evaluated or step % settings["log_every"] == 0
     if evaluated and step == run.logged() > 0 and state.log[-1][2] is None:
-        entry = state.log.pop()             # logged, but not evaluated: --steps was lowered since
-        state.loss_sum = entry[1] * (step - run.logged())
+        # It was logged, and --resume with other --steps or --eval-every makes an evaluation due.
+        # The entry is taken back, with its sum of losses, and made anew below.
+        loss = state.log.pop()[1]
+        state.loss_sum = loss * (step - run.logged())       # logged(): now of the entry before
     if not due or step == run.logged():     # logged already, or no step was made yet
         return
     check_finite(run, "the loss, its gradient or a weight",
@@ -519,8 +521,8 @@ def parameter_arrays(model):
 
 
 def save_run(run, workers):
-    """The full state of training. Resuming is exact with the same --steps and --threads, on the
-    same machine and device."""
+    """The full state of training. Resuming is exact with the same --steps, --threads and --tf32,
+    on the same machine and device."""
     state, value = run.state, run.adam.flat["value"]
     check_finite(run, "the loss, its gradient or a weight",
                  state.loss_sum, state.grad_norm, value)
@@ -634,12 +636,14 @@ def checked_state(meta):
 
     state = State(**{field.name: meta[field.name] for field in dataclasses.fields(State)})
     figures = [state.seconds, state.loss_sum, state.grad_norm]
-    optional = [state.best, *(x for entry in state.log for x in entry)]
+    optional = [state.best]
+    for step, loss, val_loss, lr, grad_norm, speed, seconds in state.log:
+        figures += [step, loss, lr, grad_norm, seconds]
+        optional += [val_loss, speed]
     if not all(map(is_figure, figures + [x for x in optional if x is not None])):
         raise ValueError("its running figures are wrong")
-    if not isinstance(state.log, list) or any(
-            len(entry) != len(LOG) or type(entry[0]) is not int or not 0 < entry[0] <= state.step
-            for entry in state.log):
+    steps = [entry[0] for entry in state.log]
+    if type(state.log) is not list or not all(type(n) is int and 0 < n <= state.step for n in steps):
         raise ValueError("its log is wrong")
     return state
 
