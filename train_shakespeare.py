@@ -643,7 +643,8 @@ def checked_state(meta):
     if not all(map(is_figure, figures + [x for x in optional if x is not None])):
         raise ValueError("its running figures are wrong")
     steps = [entry[0] for entry in state.log]
-    if type(state.log) is not list or not all(type(n) is int and 0 < n <= state.step for n in steps):
+    right = all(type(n) is int and 0 < n <= state.step for n in steps)
+    if type(state.log) is not list or not right:
         raise ValueError("its log is wrong")
     return state
 
