@@ -134,10 +134,11 @@ def result(data, *edges):
 def leaf_gradients(root, gradient=None):
     """The backward pass: [(leaf, its gradient), …] for every leaf that requires a gradient.
 
-    It visits the youngest of the nodes reached, again and again. A node's gradient is complete
-    when all that was computed from it has been visited. Suppose that something is missing. It is
-    younger than the node, and lies on a path of nodes, each younger than the next, that starts at
-    `root`. One of these has been reached and not visited. Then the node is not the youngest one.
+    It visits the youngest of the nodes reached, again and again. Then g is complete. For suppose
+    that node n is visited while m, which still has to pass a gradient to n, is not. Follow a path
+    from `root` to m. Visiting a node reaches the next one. So the first unvisited node on the
+    path has been reached. It is m or younger than m, and so younger than n. It would have been
+    visited before n.
 
     There is no recursion, which in Python ends at a depth of a thousand.
     """
@@ -253,7 +254,7 @@ def power(a, b):
                   (b, lambda g: g * y * xp.log(xp.where(x == 0, xp.ones_like(y), x))))
 
 
-# Functions of one number. A gradient needs x or y, and only that array is kept.
+# Functions of one number. A gradient uses x or y, and only that array is kept.
 
 def elementary(name, f, of_x=None, of_y=None):
     """The operation y = f(x), with dL/dx = of_x(x, g) or of_y(y, g)."""
@@ -682,7 +683,7 @@ def linear(a, weight, bias, before=None):
 
     before   a constant [B, M, n], whose rows come before those of a [B, T, n]: the memory of
              Transformer-XL. They count in the gradients of weight and bias. `before` gets none
-             itself, which saves a product
+             itself, which makes a product smaller
     """
     x, w, b = arrays(a, weight, bias)
     shape, M = x.shape, 0
@@ -708,7 +709,7 @@ def with_bias(name):
 
     def operation(a, bias):
         x, w = arrays(a, bias)
-        # The sum's relu, which the gradient needs, and the result. For relu both are one.
+        # For squared_relu a pair: relu(a + bias), which the gradient needs, and its square.
         answer = forward(x, w, x.dtype.type(0))
         kept, y = (answer, answer) if name == "relu" else answer
         return result(y, *jointly(lambda g: (backward(g, kept),) * 2, a, bias))
