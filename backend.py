@@ -191,10 +191,12 @@ def numeric_array(data, requires_grad):
     if hasattr(data, "requires_grad"):
         raise TypeError("Tensor: the data is a Tensor already; "
                         "use .detach() for the same value without history")
-    data = data if hasattr(data, "dtype") else numpy.asarray(data)
-    if data.dtype.kind not in "fiub":
-        raise TypeError(f"Tensor: numbers expected, not dtype {data.dtype}")
-    array = xp.asarray(data)
+    try:
+        array = xp.asarray(data)
+    except ValueError as error:             # CuPy says so of a string
+        raise TypeError(f"Tensor: numbers expected ({error})") from error
+    if array.dtype.kind not in "fiub":
+        raise TypeError(f"Tensor: numbers expected, not dtype {array.dtype}")
     if requires_grad and array.dtype.kind != "f":
         raise TypeError(f"Tensor: only floating-point values have a gradient, not {array.dtype}")
     return array
@@ -318,10 +320,16 @@ class Elementwise:
     def __call__(self, *operands):
         if xp.module is not numpy:
             return _kernel(xp.module, self)(*operands)
-        names = dict(zip(self.arrays, operands), max=numpy.maximum)
+        names = dict(zip(self.arrays, operands), larger=numpy.maximum)
         exec(self.code, names)
         answers = tuple(names[name] for name in self.results)
         return answers[0] if len(answers) == 1 else answers
+
+
+# CUDA's own max loses NaN, which must not be lost: it is how a run that diverges is noticed.
+LARGER = """
+template <typename T> __device__ T larger(T a, T b) { return a > b || a != a ? a : b; }
+"""
 
 
 @functools.cache
@@ -329,14 +337,15 @@ def _kernel(library, formula):
     """The formula as a program of CuPy, which compiles it when it is first used."""
     arrays, results = (", ".join(f"T {name}" for name in names)
                        for names in (formula.arrays, formula.results))
-    return library.ElementwiseKernel(arrays, results, formula.text, formula.name)
+    return library.ElementwiseKernel(arrays, results, formula.text, formula.name,
+                                     preamble=LARGER)
 
 
 scaled_sum = Elementwise("scaled_sum", "x w scale", "y", "y = (x + w) * scale")
-relu_of_sum = Elementwise("relu_of_sum", "x w zero", "y", "y = max(x + w, zero)")
+relu_of_sum = Elementwise("relu_of_sum", "x w zero", "y", "y = larger(x + w, zero)")
 relu_gradient = Elementwise("relu_gradient", "g y", "h", "h = g * (y > 0)")
 squared_relu_of_sum = Elementwise("squared_relu_of_sum", "x w zero", "t y",
-                                  "t = max(x + w, zero); y = t * t")
+                                  "t = larger(x + w, zero); y = t * t")
 squared_relu_gradient = Elementwise("squared_relu_gradient", "g t", "h", "h = 2 * g * t")
 FORMULAS = [scaled_sum, relu_of_sum, relu_gradient, squared_relu_of_sum, squared_relu_gradient]
 RELU_FORMULAS = {"relu": (relu_of_sum, relu_gradient),
@@ -352,10 +361,10 @@ RELU_FORMULAS = {"relu": (relu_of_sum, relu_gradient),
 
 def product(a, b, out=None, add=False):
     """a @ b for [H, B, n, k] and [H, B, k, m], views or not: into `out`, or added to it."""
-    if on_a_gpu():
+    if on_a_gpu() and a.dtype in (numpy.float32, numpy.float64):
         cublas = _cublas(xp.module)
         handle = xp.module.cuda.device.get_cublas_handle()
-        tf32 = os.environ.get("CUPY_TF32") == "1"
+        tf32 = int(os.environ.get("CUPY_TF32") or 0) > 0        # as CuPy reads it
         return _product(a, b, out, add, tf32, lambda array: array.data.ptr,
                         functools.partial(cublas.gemmStridedBatchedEx, handle))
     if not add:
@@ -444,7 +453,8 @@ def gpu_form(plain):
 
     @functools.wraps(plain)
     def function(*arguments):
-        answer = kernel(*arguments) if on_a_gpu() else NotImplemented
+        floats = on_a_gpu() and arguments[0].dtype in (numpy.float32, numpy.float64)
+        answer = kernel(*arguments) if floats else NotImplemented
         return plain(*arguments) if answer is NotImplemented else answer
     return function
 
@@ -468,7 +478,7 @@ template <typename T> __device__ T of_block(T x, bool largest, T* shared) {
 
 // A row is a query: scores = exp(scores + position - largest), 0 where hidden, and their sum z.
 // position is shifted: its rows begin keys - 1 numbers apart. A thread takes up to 8 keys.
-template <typename T> __global__ void softmax_numerators(
+template <typename T> __global__ __launch_bounds__(1024) void softmax_numerators(
         T* scores, const T* position, const T* minus_infinity, T* z, int queries, int keys) {
     __shared__ T shared[32];
     long long row = blockIdx.x;
@@ -574,7 +584,7 @@ def softmax_numerators(scores, position, minus_infinity):
 def score_gradient(numerators, dots, d_score):
     *_, T, K = d_score.shape
     back = xp.empty_like(d_score)
-    _for_each_row("score_gradient", d_score.size // K, 128, d_score, numerators,
+    _for_each_row("score_gradient", dots.size, 128, d_score, numerators,
                   xp.ascontiguousarray(dots), back, numpy.int32(T), numpy.int32(K))
     return back
 

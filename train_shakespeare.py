@@ -1113,9 +1113,9 @@ def main(argv=None):
         return commands[args.mode](args) or 0
     except (Failure, DeviceError) as failure:
         message, status = failure, getattr(failure, "status", 1)
-    except MemoryError:
-        message = ("not enough memory: lower --batch-size, --seq-len, --mem-len or the size "
-                   "of the model")
+    except MemoryError as error:            # of the CPU, or of a GPU
+        message = what_a_gpu_says(error) or (
+            "not enough memory: lower --batch-size, --seq-len, --mem-len or the size of the model")
     except RuntimeError as error:           # of CUDA or cuBLAS
         message = what_a_gpu_says(error)
         if message is None:

@@ -770,7 +770,8 @@ def attend(q, kv, r, u, v, mask):
     """
     Q, KV, R, U, V = arrays(q, kv, r, u, v)
     (B, T, D), (K, _), (H, d) = Q.shape, R.shape, U.shape
-    scale, blocks = Q.dtype.type(1 / math.sqrt(d)), score_blocks(H, B, T, K)
+    dtype, blocks = Q.dtype, score_blocks(H, B, T, K)
+    scale = dtype.type(1 / math.sqrt(d))
 
     def flat(x):
         """[H, B, n, d] -> [H, 1, B n, d]"""
@@ -779,11 +780,14 @@ def attend(q, kv, r, u, v, mask):
     def transposed(x):
         return x.swapaxes(-1, -2)
 
+    def empty(shape):
+        return xp.empty(shape, dtype=dtype)
+
     q_u, q_v = (heads(scaled_sum(Q, bias.reshape(D), scale), H) for bias in (U, V))
     keys, values = heads(KV[..., :D], H), heads(KV[..., D:], H)                 # [H, B, K, d]
     R = xp.ascontiguousarray(R.reshape(K, 1, H, d).transpose(2, 1, 0, 3))       # [H, 1, K, d]
-    minus_infinity = xp.where(mask, -xp.inf, 0.0).astype(Q.dtype)
-    o, z, numerators = xp.empty_like(Q), xp.empty((H, B, T, 1), dtype=Q.dtype), []
+    minus_infinity = xp.where(mask, -xp.inf, 0.0).astype(dtype)
+    o, z, numerators = empty(Q.shape), empty((H, B, T, 1)), []
     for block, seen in blocks:
         i, j, t = block
         E = product(q_u[block], transposed(keys[i, j, seen]))
@@ -798,7 +802,7 @@ def attend(q, kv, r, u, v, mask):
     def gradients(g):
         g_z = heads(g, H) * inverse_z                                           # g / z
         g_z_o = row_dots(g_z, heads(o, H))
-        d_q_u, d_q_v, d_kv, d_r = (xp.empty_like(x) for x in (o, o, KV, R))
+        d_q_u, d_q_v, d_kv, d_r = (empty(x.shape) for x in (o, o, KV, R))
         d_r[...] = 0
         d_keys, d_values = heads(d_kv[..., :D], H), heads(d_kv[..., D:], H)
         for (block, seen), E in zip(reversed(blocks), reversed(numerators)):
@@ -814,7 +818,7 @@ def attend(q, kv, r, u, v, mask):
             heads(d_q_v, H)[block] = product(d_by_distance, near).reshape(g_z[block].shape)
             product(transposed(flat(q_v[block])), d_by_distance,
                     out=transposed(d_r[i, :, K - seen.stop:]), add=True)
-        scales = xp.full(B * T, scale, dtype=o.dtype)           # a product with it is a sum
+        scales = xp.full(B * T, scale, dtype=dtype)           # a product with it is a sum
         d_u, d_v = ((scales @ x.reshape(B * T, D)).reshape(H, d) for x in (d_q_u, d_q_v))
         d_r = d_r.transpose(2, 1, 0, 3).reshape(K, D)
         return scaled_sum(d_q_u, d_q_v, scale), d_kv, d_r, d_u, d_v

