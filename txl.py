@@ -353,7 +353,9 @@ def zeros(shape, dtype):
 
 # %% 5. The layer
 # First attention, where tokens exchange information. Then a feed-forward network, where
-# each thinks for itself. Both are added to what was there.
+# each thinks for itself. Both are added to what was there. The paper normalises the sum
+# (post-norm). The default here is to normalise what goes into both (pre-norm): gradients
+# then reach the lowest layer undiminished, and a short warm-up is enough.
 
 class LayerNorm:
     """layer_norm with its parameters: gain [D], bias [D]."""
@@ -379,7 +381,7 @@ class FeedForward:
         self.b_2 = zeros(D, dtype)
 
     def __call__(self, x, generator=None):
-        hidden = self.activation(x @ self.W_1, self.b_1)
+        hidden = self.activation(x @ self.W_1, self.b_1)            # relu(x W_1 + b_1)
         return linear(dropout(hidden, self.dropout, generator), self.W_2, self.b_2)
 
 
@@ -568,9 +570,10 @@ class Adam:
         self.t += 1
         moved = {name: w for name, w in self.parameters.items() if w.grad is not None}
         norm = xp.sqrt(xp.asarray(sum((w.grad * w.grad).sum() for w in moved.values())))
+        lr, factor = self.lr if lr is None else lr, self.clipping(norm)
         for name, w in moved.items():
-            self.update(self.lr if lr is None else lr, w.data, w.grad * self.clipping(norm),
-                        decays(name), self.first[name], self.second[name], self.average[name])
+            self.update(lr, w.data, w.grad * factor, decays(name), self.first[name],
+                        self.second[name], self.average[name])
         return norm
 
     def update(self, lr, w, g, decayed, first, second, average):
