@@ -1,6 +1,7 @@
 """What the files show when they are run or read: the worked examples in docstrings and the
 walks through them."""
 import doctest
+import functools
 import pathlib
 import subprocess
 import sys
@@ -27,6 +28,7 @@ def test_worked_examples_in_docstrings(module, least):
     assert failed == 0 and tried >= least
 
 
+@functools.cache
 def walk_through(file):
     return subprocess.run([sys.executable, file], cwd=ROOT, check=True, capture_output=True,
                           text=True, timeout=60).stdout
