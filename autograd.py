@@ -14,9 +14,9 @@ as long as computing the loss. Its price is memory: what gradients need is kept 
     6. faster            forms of operations that save time
     7. a walk through    what `python autograd.py` prints
 
-From backend.py: `xp` is the array library, NumPy or CuPy. `@op` registers an operation for the
-tests, and makes its errors name it. What is marked `@gpu_form` a GPU computes in one pass.
-row_sums(x) is x.sum(axis=-1, keepdims=True), row_dots(x, y) is row_sums(x * y).
+From backend.py: `xp` is NumPy or CuPy. `@op` registers an operation for the tests, and makes
+its errors name it. What is marked `@gpu_form` a GPU computes in one pass. row_sums(x) is
+x.sum(axis=-1, keepdims=True), row_dots(x, y) is row_sums(x * y).
 """
 import builtins
 import contextlib
@@ -28,8 +28,9 @@ import threading
 
 import numpy
 
-from backend import (RELU_FORMULAS, first_gradient, gpu_form, jointly, leading_sums, op, within,
-                     numeric_array, row_dots, row_sums, same_dtype, to_numpy, use_device, xp)
+from backend import (activate, activation_gradient, first_gradient, gpu_form, jointly,
+                     leading_sums, numeric_array, op, row_dots, row_sums, same_dtype, to_numpy,
+                     use_device, within, xp)
 
 
 # %% 1. One gradient
@@ -55,8 +56,7 @@ class Tensor:
 
     def __init__(self, data, requires_grad=False):
         self.data = numeric_array(data, requires_grad)
-        self.requires_grad = requires_grad
-        self.grad = None
+        self.requires_grad, self.grad = requires_grad, None
         self._node = None               # its place in the graph, if an operation made it
 
     def backward(self, gradient=None):
@@ -178,7 +178,7 @@ def unbroadcast(g, shape):
     repeated = tuple(axis for axis in range(g.ndim)
                      if axis < new or shape[axis - new] != g.shape[axis])
     if repeated == tuple(range(new)):
-        return leading_sums(g, new)     # the same, faster on a GPU
+        return leading_sums(g, new)     # the same, faster
     return g.sum(axis=repeated).reshape(shape)
 
 
@@ -703,21 +703,18 @@ def linear(a, weight, bias, before=None):
                   (bias, lambda g: xp.ones(rows, dtype=w.dtype) @ g.reshape(rows, m)))
 
 
-def with_bias(name):
-    """The operation relu(a + bias) or squared_relu(a + bias), in one pass each way on a GPU."""
-    forward, backward = RELU_FORMULAS[name]
+@op
+def activated(a, weight, bias, name):
+    """relu(a @ weight + bias), or squared_relu(…), as `name` says."""
+    x, w, b = arrays(a, weight, bias)
+    rows, shape = math.prod(x.shape[:-1]), x.shape
+    flat = x.reshape(rows, shape[-1])
+    t, y = activate(flat @ w, b, name)
 
-    def operation(a, bias):
-        x, w = arrays(a, bias)
-        # For squared_relu a pair: relu(a + bias), which the gradient needs, and its square.
-        answer = forward(x, w, x.dtype.type(0))
-        kept, y = (answer, answer) if name == "relu" else answer
-        return result(y, *jointly(lambda g: (backward(g, kept),) * 2, a, bias))
-    operation.__name__ = operation.__qualname__ = f"{name}_with_bias"
-    return op(operation)
-
-
-relu_with_bias, squared_relu_with_bias = with_bias("relu"), with_bias("squared_relu")
+    def gradients(g):
+        h = activation_gradient(g.reshape(t.shape), t, name)
+        return (h @ w.T).reshape(shape), flat.T @ h, xp.ones(rows, dtype=w.dtype) @ h
+    return result(y.reshape(shape[:-1] + w.shape[1:]), *jointly(gradients, a, weight, bias))
 
 
 def fold(gain, bias, weight):

@@ -17,6 +17,7 @@ plain meaning, and the other files rely on no more than that:
     leading_sums(x, n)         x.sum(axis=the first n axes)
     product(a, b, out, add)    a @ b, into `out` or added to it
     an Elementwise formula     its text, in NumPy
+    activate(x, b, name)       t = relu(x + b), and that or its square
     @gpu_form                  the function below it, as it stands
     random_generator(seed)     xp.random.default_rng(seed)
     within(ids, n)             an IndexError where an id is not one of 0 … n-1
@@ -277,8 +278,8 @@ def within(ids, count):
 
 
 # %% 3. Sums
-# A product with ones takes a fifth of the time of NumPy's sum over a short last axis. On a GPU it
-# takes a small part of the time of CuPy's sum over leading axes.
+# A product with ones takes a fifth of the time of NumPy's sum over a short last axis, half of that
+# over leading axes, and on a GPU a small part of the time of CuPy's.
 
 def row_sums(x):
     """Sum over the last axis, which stays with size 1."""
@@ -294,8 +295,6 @@ def row_dots(x, y):
 
 def leading_sums(x, count):
     """Sum over the first `count` axes."""
-    if not on_a_gpu():
-        return x.sum(axis=tuple(range(count)))
     rows, shape = math.prod(x.shape[:count]), x.shape[count:]
     sums = xp.ones(rows, dtype=x.dtype) @ x.reshape(rows, math.prod(shape))
     return sums.reshape(shape)
@@ -348,8 +347,23 @@ squared_relu_of_sum = Elementwise("squared_relu_of_sum", "x w zero", "t y",
                                   "t = larger(x + w, zero); y = t * t")
 squared_relu_gradient = Elementwise("squared_relu_gradient", "g t", "h", "h = 2 * g * t")
 FORMULAS = [scaled_sum, relu_of_sum, relu_gradient, squared_relu_of_sum, squared_relu_gradient]
-RELU_FORMULAS = {"relu": (relu_of_sum, relu_gradient),
-                 "squared_relu": (squared_relu_of_sum, squared_relu_gradient)}
+
+
+def activate(x, bias, name):
+    """(relu(x + bias), and that or its square: the activation `name`). x may be overwritten."""
+    if xp.module is numpy:
+        x += bias
+        t = numpy.maximum(x, 0, out=x)
+        return t, t if name == "relu" else t * t
+    if name == "squared_relu":
+        return squared_relu_of_sum(x, bias, x.dtype.type(0))
+    y = relu_of_sum(x, bias, x.dtype.type(0))
+    return y, y
+
+
+def activation_gradient(g, t, name):
+    """g times the derivative of the activation, where t is relu(x + bias)."""
+    return (relu_gradient if name == "relu" else squared_relu_gradient)(g, t)
 
 
 # %% 5. Products

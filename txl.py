@@ -70,9 +70,9 @@ import math
 
 import numpy
 
-from autograd import (Tensor, arrays, concatenate, cross_entropy, dropout, embedding, fold,
-                      layer_norm, linear, no_grad, normalise, relu_with_bias, result, softmax,
-                      squared_relu_with_bias, stop_gradient)
+from autograd import (Tensor, activated, arrays, concatenate, cross_entropy, dropout,
+                      embedding, fold, layer_norm, linear, no_grad, normalise, result, softmax,
+                      stop_gradient)
 from backend import (gpu_form, jointly, op, product, row_dots, row_sums, scaled_sum,
                      shared_zeros, to_numpy, within, xp)
 
@@ -374,14 +374,13 @@ class FeedForward:
     def __init__(self, config, rng, dtype):
         D, F = config.d_model, config.d_ff
         self.dropout = config.dropout
-        squared = config.activation == "squared_relu"
-        self.activation = squared_relu_with_bias if squared else relu_with_bias
+        self.activation = config.activation
         self.W_1, self.b_1 = weight(rng, (D, F), dtype), zeros(F, dtype)
         self.W_2 = weight(rng, (F, D), dtype, scale=1 / math.sqrt(2 * config.n_layer))
         self.b_2 = zeros(D, dtype)
 
     def __call__(self, x, generator=None):
-        hidden = self.activation(x @ self.W_1, self.b_1)            # relu(x W_1 + b_1)
+        hidden = activated(x, self.W_1, self.b_1, self.activation)      # relu(x W_1 + b_1)
         return linear(dropout(hidden, self.dropout, generator), self.W_2, self.b_2)
 
 

@@ -127,7 +127,7 @@ def test_the_log_is_that_of_the_plain_loop(folder, threads):
     with adam.averaged():
         val_loss = command.evaluate(model, tokens[len(streams.tokens):], 4, 16, 16, 1)
         assert float(rows[-1]["val_loss"]) == pytest.approx(val_loss, rel=1e-3)
-        # (On a GPU these are another device's steps: where a gradient is nearly 0 its sign differs.)
+        # On a GPU these are another device's steps. Where a gradient is nearly 0, signs differ.
         for kept, array in command.parameter_arrays(model).items() if xp.module is numpy else ():
             numpy.testing.assert_allclose(best[kept], to_numpy(array), rtol=0.02, atol=2e-3)
 

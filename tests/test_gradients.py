@@ -141,10 +141,11 @@ def cases():
             ("stack and matrix, an empty sum", (2, 2, 0), (0, 3))]:
         yield "matmul", what, matmul, shapes
     linear = a("linear")
-    for name in ("relu_with_bias", "squared_relu_with_bias"):
-        yield name, "rows", a(name), [(3, 4), (4,)]
-        yield name, "batch of sequences", a(name), [(2, 3, 4), (4,)]
-        yield name, "no rows", a(name), [(0, 4), (4,)]
+    for name in ("relu", "squared_relu"):
+        for what, shape in [("rows", (3, 4)), ("batch of sequences", (2, 3, 4)),
+                            ("no rows", (0, 4))]:
+            yield ("activated", f"{name}, {what}",
+                   lambda x, w, b, name=name: a("activated")(x, w, b, name), [shape, (4, 2), (2,)])
     yield "linear", "matrix", linear, [(3, 4), (4, 2), (2,)]
     yield "linear", "stack", linear, [(2, 3, 4), (4, 2), (2,)]
     yield "linear", "vector", linear, [(4,), (4, 2), (2,)]
@@ -343,9 +344,9 @@ def test_linear_with_rows_before_is_that_of_both_joined():
 
 
 @pytest.mark.parametrize("name", ["relu", "squared_relu"])
-def test_a_relu_with_bias_is_that_of_the_sum(name):
-    same_values_and_gradients(a(f"{name}_with_bias"), lambda x, b: a(name)(x + b),
-                              (2, 3, 4), (4,))
+def test_an_activated_product_is_the_activation_of_the_product(name):
+    same_values_and_gradients(lambda x, w, b: a("activated")(x, w, b, name),
+                              lambda x, w, b: a(name)(x @ w + b), (2, 3, 4), (4, 5), (5,))
 
 
 def test_a_folded_gain_and_bias_are_those_of_the_rows():
