@@ -308,7 +308,7 @@ class Elementwise:
     """A formula for every element of its arrays, written once for NumPy and for a GPU.
 
     arrays    names of the operands: arrays, which broadcast, and numbers of their dtype
-    results   names of the results
+    results   names of the results; where the text changes them in place, the last operands
     text      assignments of arithmetic on these names, which is Python and CUDA's C++ at once
     """
 
@@ -319,7 +319,8 @@ class Elementwise:
     def __call__(self, *operands):
         if xp.module is not numpy:
             return _kernel(xp.module, self)(*operands)
-        names = dict(zip(self.arrays, operands), larger=numpy.maximum)
+        names = dict(zip(self.arrays + self.results, operands))
+        names.update(larger=numpy.maximum, sqrt=numpy.sqrt)
         exec(self.code, names)
         answers = tuple(names[name] for name in self.results)
         return answers[0] if len(answers) == 1 else answers
@@ -346,6 +347,11 @@ relu_gradient = Elementwise("relu_gradient", "g y", "h", "h = g * (y > 0)")
 squared_relu_of_sum = Elementwise("squared_relu_of_sum", "x w zero", "t y",
                                   "t = larger(x + w, zero); y = t * t")
 squared_relu_gradient = Elementwise("squared_relu_gradient", "g t", "h", "h = 2 * g * t")
+adam_update = Elementwise(
+    "adam_update", "g decayed share_1 share_2 root eps rate decay share", "first second w average",
+    "first += share_1 * (g - first); second += share_2 * (g * g - second); "
+    "w -= decay * decayed * w + rate * first / (sqrt(second) * root + eps); "
+    "average += share * (w - average)")
 FORMULAS = [scaled_sum, relu_of_sum, relu_gradient, squared_relu_of_sum, squared_relu_gradient]
 
 

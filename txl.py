@@ -73,8 +73,8 @@ import numpy
 from autograd import (Tensor, activated, arrays, concatenate, cross_entropy, dropout,
                       embedding, fold, layer_norm, linear, no_grad, normalise, result, softmax,
                       stop_gradient)
-from backend import (gpu_form, jointly, op, product, row_dots, row_sums, scaled_sum,
-                     shared_zeros, to_numpy, within, xp)
+from backend import (adam_update, gpu_form, jointly, on_a_gpu, op, product, row_dots, row_sums,
+                     scaled_sum, shared_zeros, to_numpy, within, xp)
 
 
 # %% 1. Memory
@@ -925,7 +925,16 @@ class DividedAdam(Adam):
             g = self.gradient[0, block]
             g *= factor
             w, *means = (array[block] for array in self.flat.values())
-            self.update(lr, w, g, self.decayed[block], *means)
+            update = self.update_on_a_gpu if on_a_gpu() else self.update
+            update(lr, w, g, self.decayed[block], *means)
+
+    def update_on_a_gpu(self, lr, w, g, decayed, first, second, average):
+        """`update` in one pass."""
+        beta1, beta2 = self.betas
+        share = max(1 / self.average_over, 10 / (9 + self.t)) if self.average_over else 0.0
+        numbers = (1 - beta1, 1 - beta2, 1 / math.sqrt(1 - beta2 ** self.t), self.eps,
+                   lr / (1 - beta1 ** self.t), lr * self.weight_decay, share)
+        adam_update(g, decayed, *map(w.dtype.type, numbers), first, second, w, average)
 
 
 # %% D. Generation, faster

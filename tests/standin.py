@@ -166,7 +166,7 @@ class ElementwiseKernel:
         results = {name: arrays.get(name, numpy.empty(shape, dtype)) for name in self.results}
         if any(array.shape != shape for array in results.values()):
             raise ValueError(f"{self.name}: a result does not have the shape {shape}")
-        names = {"larger": numpy.maximum, **values}
+        names = {"larger": numpy.maximum, "sqrt": numpy.sqrt, **values}
         inputs = list(values)[:self.inputs]
         for name in inputs:                             # CUDA has them const
             if name in arrays:

@@ -289,6 +289,28 @@ def test_more_keys_than_a_block_can_take_and_empty_rows_are_left_to_the_plain_fo
     assert autograd.normalise(none).shape == (2, 0)
 
 
+@DTYPES
+@pytest.mark.parametrize("average_over, weight_decay", [(None, 0.0), (5, 0.2)])
+def test_adam_in_one_pass_is_adam(average_over, weight_decay, dtype, monkeypatch):
+    rng, answers = RNG(6), []
+    start = {"W": rng.normal(size=(3, 4)), "b": rng.normal(size=5)}
+    gradients = [{name: rng.normal(size=x.shape) for name, x in start.items()} for _ in range(4)]
+    for one_pass in (False, True):
+        monkeypatch.setattr(txl, "on_a_gpu", lambda: one_pass)
+        w = {name: autograd.Tensor(xp.asarray(x.astype(dtype)), requires_grad=True)
+             for name, x in start.items()}
+        adam = txl.DividedAdam(w, lr=0.05, weight_decay=weight_decay, clip=1.0,
+                               average_over=average_over)
+        for step in gradients:
+            for name, g in step.items():
+                w[name].grad = xp.asarray(g.astype(dtype))
+            adam.step()
+        assert all(array.dtype == dtype for array in adam.flat.values())
+        answers.append([to_numpy(array) for array in adam.flat.values()])
+    for ours, expected in zip(*reversed(answers)):
+        close(ours, expected, dtype)
+
+
 # %% Random numbers
 
 def splitmix64(start, count):
