@@ -315,12 +315,12 @@ class Elementwise:
     def __init__(self, name, arrays, results, text):
         self.name, self.arrays, self.results = name, arrays.split(), results.split()
         self.text, self.code = text, compile(text, name, "exec")
+        self.operands = self.arrays + self.results
 
     def __call__(self, *operands):
         if xp.module is not numpy:
             return _kernel(xp.module, self)(*operands)
-        names = dict(zip(self.arrays + self.results, operands))
-        names.update(larger=numpy.maximum, sqrt=numpy.sqrt)
+        names = dict(zip(self.operands, operands), larger=numpy.maximum, sqrt=numpy.sqrt)
         exec(self.code, names)
         answers = tuple(names[name] for name in self.results)
         return answers[0] if len(answers) == 1 else answers

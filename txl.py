@@ -585,7 +585,11 @@ class Adam:
         size = xp.sqrt(second / (1 - beta2 ** self.t)) + self.eps
         w -= lr / (1 - beta1 ** self.t) * first / size
         if self.average_over:
-            average += max(1 / self.average_over, 10 / (9 + self.t)) * (w - average)
+            average += self.share() * (w - average)
+
+    def share(self):
+        """Of w in its average, at step t."""
+        return max(1 / self.average_over, 10 / (9 + self.t))
 
     def clipping(self, norm):
         if self.clip is None:
@@ -931,7 +935,7 @@ class DividedAdam(Adam):
     def update_on_a_gpu(self, lr, w, g, decayed, first, second, average):
         """`update` in one pass."""
         beta1, beta2 = self.betas
-        share = max(1 / self.average_over, 10 / (9 + self.t)) if self.average_over else 0.0
+        share = self.share() if self.average_over else 0.0
         numbers = (1 - beta1, 1 - beta2, 1 / math.sqrt(1 - beta2 ** self.t), self.eps,
                    lr / (1 - beta1 ** self.t), lr * self.weight_decay, share)
         adam_update(g, decayed, *map(w.dtype.type, numbers), first, second, w, average)
