@@ -28,7 +28,7 @@ import threading
 
 import numpy
 
-from backend import (activate, activation_gradient, first_gradient, gpu_form, jointly,
+from backend import (OPS, activate, activation_gradient, first_gradient, gpu_form, jointly,
                      leading_sums, numeric_array, op, row_dots, row_sums, same_dtype, to_numpy,
                      use_device, within, xp)
 
@@ -190,7 +190,7 @@ def stop_gradient(x):
     >>> x.grad.tolist()
     [3.0]
     """
-    return Tensor(x.data)
+    return Tensor(value_of(x))
 
 
 @contextlib.contextmanager
@@ -584,9 +584,30 @@ Tensor.__matmul__, Tensor.__rmatmul__ = matmul, lambda self, other: matmul(other
 Tensor.__neg__, Tensor.__getitem__ = negative, index
 Tensor.__array_ufunc__ = None                       # array * tensor calls Tensor.__rmul__
 Tensor.__len__ = lambda self: len(self.data)
+Tensor.__iter__ = lambda self: (self[i] for i in range(len(self)))
+Tensor.__bool__ = lambda self: bool(self.data)
+Tensor.__int__, Tensor.__float__ = lambda self: int(self.item()), lambda self: float(self.item())
+Tensor.__format__ = lambda self, form: format(self.item(), form) if form else repr(self)
 Tensor.__repr__ = lambda self: (
     f"Tensor({self.data!r}{', requires_grad=True' if self.requires_grad else ''})")
 
+
+def _comparison(name):
+    """x < y and its like: a Tensor of booleans, which have no gradient."""
+    return lambda self, other: Tensor(getattr(self.data, name)(value_of(other)))
+
+
+for _name in ("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"):
+    setattr(Tensor, _name, _comparison(_name))
+Tensor.__hash__ = object.__hash__                   # as a key a Tensor is itself, not its values
+
+
+def _no_array(self, *_, **__):
+    raise TypeError("a Tensor is no array of NumPy's: its values are .numpy(), or .data on the "
+                    "device, or .item() for a single one")
+
+
+Tensor.__array__ = _no_array
 Tensor.sum, Tensor.mean, Tensor.max = sum, mean, max
 Tensor.swapaxes, Tensor.astype = swapaxes, astype
 Tensor.reshape = lambda self, *shape: reshape(self, _shape_given(shape))
@@ -741,6 +762,11 @@ def sum_by_id(g, ids, shape):
         return out
     picked = xp.eye(shape[0], dtype=g.dtype)[ids.reshape(-1)]
     return picked.T @ g.reshape(ids.size, shape[1])
+
+
+# `from autograd import *` leaves Python's own sum and max as they are.
+__all__ = ["GradientError", "Tensor", "check_gradients", "fold", "no_grad", "stop_gradient",
+           "to_numpy", "use_device", "xp", *sorted(OPS.keys() - {"sum", "max"})]
 
 
 # %% 7. A walk through it

@@ -22,6 +22,7 @@ plain meaning, and the other files rely on no more than that:
     random_generator(seed)     xp.random.default_rng(seed)
     within(ids, n)             an IndexError where an id is not one of 0 … n-1
     workers(f, x)              [f(part, x) for part in parts]
+    core_count()               os.cpu_count(), or fewer
     row_parts(n, threads)      the rows 0 … n-1 in as many slices
     keep_freed_memory()        nothing that a result would show
 
@@ -119,8 +120,8 @@ def what_a_gpu_says(error):
     text = f"{error.__class__.__name__} {error}"
     if any(sign in text for sign in ("OutOfMemory", "MemoryAllocation", "out of memory",
                                      "ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED")):
-        return ("the GPU has not enough free memory: lower --batch-size, --seq-len, --mem-len or "
-                "the size of the model, or end what else runs on it (nvidia-smi lists it)")
+        return ("the GPU has not enough free memory: end what else runs on it (nvidia-smi lists "
+                "it), or lower batch, segment, memory or model")
     if isinstance(error, OSError) and error.filename:
         return (f"CuPy cannot keep its compiled kernels in {error.filename}: set the environment "
                 "variable CUPY_CACHE_DIR to a directory that can be written")
@@ -250,6 +251,8 @@ def same_dtype(values):
             values[i] = value.item()
         elif not hasattr(value, "dtype") and not isinstance(value, (int, float)):
             values[i] = xp.asarray(value)
+            if values[i].dtype.kind not in "fiub":
+                raise TypeError(f"numbers expected, not {value!r:.40}")
     if not any(hasattr(value, "dtype") for value in values):
         values[0] = xp.asarray(values[0])   # numbers alone
     with_dtype = [value for value in values if hasattr(value, "dtype")]
@@ -676,10 +679,24 @@ class CounterGenerator:
 # are needed: the arrays change only during a call, each process writes its own share, and
 # the next call begins when all have answered.
 
+CPU_QUOTA = "/sys/fs/cgroup/cpu.max"        # microseconds of time, of every so many
+
+
 def can_divide():
     """True where work can be divided: on the CPU under Linux. Elsewhere fork is missing or unsafe,
     and a GPU takes a whole batch at once."""
     return xp.module is numpy and sys.platform.startswith("linux")
+
+
+def core_count():
+    """The cores that this process may use: its affinity, and the quota of a container."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    count = len(affinity(0)) if affinity else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):      # no file or "max 100000": no quota
+        with open(CPU_QUOTA) as file:
+            quota, period = map(int, file.read().split())
+        count = min(count, max(1, math.ceil(quota / period)))
+    return count
 
 
 def row_parts(batch_size, threads):

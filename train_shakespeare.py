@@ -2,17 +2,20 @@
 # %% Train a Transformer-XL on Shakespeare
 """Train a character-level Transformer-XL on Tiny Shakespeare, and let it write.
 
-    python train_shakespeare.py                      train: five to six minutes on two cores
-    python train_shakespeare.py --device gpu         a larger model on a CUDA GPU, with CuPy
-    python train_shakespeare.py --resume             continue an interrupted run
-    python train_shakespeare.py --generate "ROMEO:"  let the trained model continue a text
-    python train_shakespeare.py --eval               its loss on the held-out text
-    python train_shakespeare.py --plot               draw its loss, and how far back it looks
+    python train_shakespeare.py               train: 5 to 6 minutes on two cores
+        --device gpu                          a larger model on a CUDA GPU
+        --resume                              continue an interrupted run
+        --generate "ROMEO:"                   let the model continue a text
+        --eval                                its loss on the held-out text
+        --plot                                draw its loss and its attention
 
-A run lives in one directory (--out): checkpoint.npz (the latest state), best.npz (the
-lowest validation loss, with the averaged weights), log.csv, config.json. Exit status: 0
-done, 1 failed, 2 bad arguments, 130 or 143 after Ctrl-C or SIGTERM. While training the
-first signal writes the checkpoint; the second ends at once.
+A run lives in one directory (--out): checkpoint.npz (the latest state),
+best.npz (the lowest validation loss, with the averaged weights), log.csv,
+config.json. Exit status: 0 done, 1 failed, 2 bad arguments, 130 or 143 after
+Ctrl-C or SIGTERM. While training the first signal writes the checkpoint; the
+second ends at once.
+
+From Python: model, vocabulary = load_run("runs/shakespeare")
 """
 # 1. the loop   2. streams   3. evaluation   4. what a run reports   5. files   6. the corpus
 # 7. what a finished run is good for   8. the command line   9. main
@@ -20,8 +23,14 @@ first signal writes the checkpoint; the second ends at once.
 # To understand training, read 1 and 2.
 
 import os
+import signal
 import sys
 
+AS_COMMAND = __name__ == "__main__" and "get_ipython" not in globals()  # not as notebook cells
+if AS_COMMAND:
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))      # no traceback of an import
+    # `python -P` and `-I` do not look for modules beside the file.
+    sys.path.append(os.path.dirname(os.path.abspath(sys.argv[0])))
 if sys.platform.startswith("linux"):        # there --threads divides the batch; see backend.py
     for _variable in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"):
         os.environ.setdefault(_variable, "1")
@@ -34,27 +43,28 @@ import http.client
 import io
 import json
 import math
-import multiprocessing
 import pathlib
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import tempfile
+import threading
 import time
 import urllib.request
 import zipfile
 
 import numpy
 
+import txl
 from autograd import leaf_gradients, log_softmax, no_grad
-from backend import (DeviceError, Workers, computing_on, keep_freed_memory, random_generator,
-                     row_parts, to_numpy, use_device, what_a_gpu_says, xp)
-from txl import (Config, DividedAdam, TransformerXL, attention_by_distance, generate,
-                 loss_and_memory, warmup_cosine)
+from backend import (DeviceError, Workers, computing_on, core_count, keep_freed_memory,
+                     random_generator, row_parts, shared_zeros, to_numpy, use_device,
+                     what_a_gpu_says, xp)
+from txl import (Config, DividedAdam, TransformerXL, attention_by_distance, attention_weights,
+                 generate, loss_and_memory, warmup_cosine)
 
-HERE = pathlib.Path(__file__).resolve().parent
+HERE = pathlib.Path(txl.__file__).resolve().parent
 
 
 # %% 1. The loop
@@ -89,10 +99,10 @@ def train(args):
         print(f"the run in {args.out} is at step {state.step} already; "
               "--steps N with a larger N trains on")
         return 0
-    stop = run.stop = stop_on_signals()                     # true after Ctrl-C
-    begin(run)
     functions = [run.loss_and_gradients, run.memory_of, adam.add_up, adam.update_share]
-    with Workers(range(len(run.rows)), functions) as workers:
+    with (only_run_in(args.out), stop_on_signals() as stop,     # stop: true after Ctrl-C
+          Workers(range(len(run.rows)), functions) as workers):
+        begin(run, stop)
         while not stop:
             report(run, workers)            # what is due: a log line, an evaluation, …
             if stop or state.step == steps:
@@ -104,9 +114,9 @@ def train(args):
             state.step += 1
         if stop:
             save_run(run, workers)
-            show(f"stopped at step {state.step}; {args.out / 'checkpoint.npz'} is written: "
-                 "--resume continues")
-            return 128 + stop.value
+            before = ", before its evaluation" if state.step == steps else ""
+            show(f"stopped at step {state.step} of {steps}{before}: --resume continues")
+            return 128 + int(stop[0])
     conclude(run)
     return 0
 
@@ -119,10 +129,7 @@ class Run:
         settings, meta, arrays = new_or_resumed(args)
         text, corpus = find_corpus(args.data)
         if meta and meta["corpus"]["sha256"] != corpus["sha256"]:
-            its = meta["corpus"]
-            raise Failure(f"--resume: the run in {args.out} reads {its['name']} (SHA-256 "
-                          f"{its['sha256'][:12]}…), not {corpus['name']}; name that text with "
-                          "--data FILE", status=2)
+            raise another_text(args, meta, corpus)
         self.out, self.threads, self.settings = args.out, args.threads, settings
         self.resumed = args.resume
         self.vocabulary = "".join(sorted(set(text)))
@@ -135,8 +142,8 @@ class Run:
         # Training needs Adam's five arrays, and a gradient for each part. A checkpoint
         # holds four arrays and all memories. While it is written there are three copies
         # more of that.
-        check_size(config, batch_size, seq_len, mem_len, memories=4 * self.streams.groups,
-                   copies=5 + len(self.rows) + 3 * 4)
+        check_size("train", config, batch_size, seq_len, mem_len,
+                   memories=4 * self.streams.groups, copies=5 + len(self.rows) + 3 * 4)
         self.model = TransformerXL(config, seed=settings["seed"])
         self.adam = DividedAdam(
             self.model.parameters(), weight_decay=settings["weight_decay"], clip=1.0,
@@ -291,25 +298,24 @@ def evaluate(model, tokens, batch_size, seq_len, mem_len, threads, stop=False):
 
 
 # %% 4. What a run reports
-def begin(run):
-    """Make the run's directory, and say what is trained on what."""
+def begin(run, stop):
+    """Make the run's directory ready, and say what is trained on what."""
+    run.stop, run.log_fails = stop, False
     try:
-        run.out.mkdir(parents=True, exist_ok=True)
         if not run.resumed:
             for name in OF_A_RUN:                           # what --overwrite replaces
                 (run.out / name).unlink(missing_ok=True)
         about = json.dumps(run.about, indent=2) + "\n"
         write_whole(run.out / "config.json", about.encode())
     except (OSError, Failure) as error:
-        raise Failure(f"cannot write to {run.out}: {getattr(error, 'strerror', error)}; "
-                      "name another directory with --out DIR")
+        raise no_place(run.out, error)
     corpus, settings, step = run.about["corpus"], run.settings, run.state.step
     show(f"corpus: {corpus['name']}, {corpus['characters']:,} characters, "
          f"{len(run.vocabulary)} different")
     show(f"model: {run.model.config.parameter_count():,} parameters; "
          f"{settings['batch_size']} x {settings['seq_len']} characters a step, "
-         f"memory {settings['mem_len']}; run in {run.out}"
-         + (f", resumed at step {step}" if step else ""))
+         f"memory {settings['mem_len']}")
+    show(f"run: {run.out}" + (f", resumed at step {step}" if step else ""))
     run.reported, run.reported_step = time.perf_counter(), step     # the last report, or now
     run.began = run.reported - run.state.seconds    # when it would have begun without a break
 
@@ -334,31 +340,55 @@ def report(run, workers):
     check_finite(run, "the loss, its gradient or a weight",
                  state.loss_sum, state.grad_norm, run.adam.flat["value"])
     loss, grad_norm = float(state.loss_sum) / (step - run.logged()), float(state.grad_norm)
-    lr, val_loss, speed, left = run.learning_rate(step - 1), None, None, ""
+    lr, val_loss, speed = run.learning_rate(step - 1), None, None
     made = step - run.reported_step         # 0 where a resumed run begins with an evaluation
     if made:
         tokens = made * settings["batch_size"] * settings["seq_len"]
         speed = round(tokens / (time.perf_counter() - run.reported), 1)
     if evaluated:
+        if sys.stdout.isatty():
+            show(f"step {step:5}/{steps}  loss {figure(loss)}  evaluating …", keep=False)
         val_loss = evaluate_and_keep_best(run)
         if run.stop:
             return                          # the resumed run begins with this evaluation
     state.loss_sum, state.seconds = 0.0, time.perf_counter() - run.began
     state.log.append([step, round(loss, 6), val_loss and round(val_loss, 6), lr,
                       round(grad_norm, 6), speed, round(state.seconds, 2)])
-    if made:
-        seconds_left = state.seconds / step * (steps - step)
-        left = f"  {speed:,.0f} tokens/s  {clock(seconds_left)} left"
-    val = f"  val {val_loss:.4f}" if evaluated else ""
-    show(f"step {step:5}/{steps}  loss {loss:.4f}{val}  lr {lr:.2e}  norm {grad_norm:.2f}{left}",
-         keep=evaluated)
-    lines = (",".join("" if x is None else str(x) for x in entry) for entry in (LOG, *state.log))
-    write_whole(run.out / "log.csv", "".join(line + "\n" for line in lines).encode())
+    show_step(run, evaluated)
+    write_log(run)
     if evaluated:
         save_run(run, workers)
         if step < steps and not run.stop:
-            show("    " + sample_text(run).replace("\n", "\n    "))
+            show("    " + visible(sample_text(run)).replace("\n", "\n    "))
     run.reported, run.reported_step = time.perf_counter(), step
+
+
+def show_step(run, keep):
+    """The newest entry of the log as a line. What is wanted most comes first: a narrow terminal
+    shows its beginning."""
+    step, loss, val_loss, lr, grad_norm, speed, seconds = run.state.log[-1]
+    steps = run.settings["steps"]
+    parts = [f"step {step:5}/{steps}", f"loss {figure(loss)}"]
+    if val_loss is not None:
+        parts.append(f"val {figure(val_loss)}")
+    if speed is not None:
+        parts += [f"{clock(seconds / step * (steps - step))} left", f"{speed:,.0f} chars/s"]
+    if val_loss is None:
+        parts += [f"lr {lr:.1e}", f"norm {grad_norm:.2f}"]
+    show("  ".join(parts), keep)
+
+
+def write_log(run):
+    """log.csv, which is for looking at. Where it cannot be written (another program may have it
+    open) training goes on."""
+    log = [LOG, *run.state.log]
+    lines = [",".join("" if x is None else str(x) for x in entry) + "\n" for entry in log]
+    try:
+        write_whole(run.out / "log.csv", "".join(lines).encode())
+    except Failure as failure:
+        if not run.log_fails:
+            show(f"{failure}; training goes on without")
+        run.log_fails = True
 
 
 def evaluate_and_keep_best(run):
@@ -395,53 +425,99 @@ def sample_text(run):
 def conclude(run):
     """Three figures, and what to do next."""
     state, val_loss = run.state, run.state.log[-1][2]
-    show(f"validation loss {val_loss:.4f} nats, {val_loss / math.log(2):.4f} bits per "
-         f"character, perplexity {numpy.exp(val_loss):.3f} after {state.step} steps, "
-         f"{clock(time.perf_counter() - run.began)}")
+    show(f"validation loss {figure(val_loss)} nats, {figure(val_loss / math.log(2))} bits per "
+         f"character, perplexity {figure(numpy.exp(val_loss))}")
+    show(f"after {state.step} steps, {clock(time.perf_counter() - run.began)}")
     if round(state.best, 6) < val_loss:
-        show(f"lowest validation loss {state.best:.4f} nats: {run.out / 'best.npz'}")
-    prompt = "ROMEO:" if set("ROMEO:") <= set(run.vocabulary) else run.vocabulary[-1]
-    show(f"let it write: python train_shakespeare.py --generate {shlex.quote(prompt)} "
-         f"--out {shlex.quote(str(run.out))}")
+        show(f"lowest validation loss {figure(state.best)} nats: {run.out / 'best.npz'}")
+    out = "" if run.out == DEFAULT_OUT else f" --out {shlex.quote(str(run.out))}"
+    show(f"let it write: python train_shakespeare.py --generate "
+         f"{shlex.quote(first_words(run))}{out}")
+
+
+def first_words(run):
+    """A prompt: the beginning of the text's first line that can be shown."""
+    tokens = to_numpy(run.streams.tokens[:1000])
+    text = visible("".join(run.vocabulary[token] for token in tokens))
+    line = next((line.strip() for line in text.split("\n") if line.strip()), run.vocabulary[-1])
+    return line if len(line) <= 20 else line[:20].rsplit(" ", 1)[0]
 
 
 def check_finite(run, what, *values):
     if not all(xp.isfinite(xp.asarray(value)).all() for value in values):
+        lr, decay = run.settings["lr"], run.settings["weight_decay"]
+        decays_too_fast = lr < 1 <= lr * decay
+        cause = f"--weight-decay than {decay:g}" if decays_too_fast else f"--lr than {lr:g}"
         raise Failure(f"{what} is not finite at step {run.state.step}: start again with a "
-                      f"lower --lr than {run.settings['lr']:g}; {run.out / 'checkpoint.npz'}, "
+                      f"lower {cause}; {run.out / 'checkpoint.npz'}, "
                       "if it exists, is the last good state")
 
 
-def stop_on_signals():
-    """A shared integer: 0, which is false, or the signal received.
+@contextlib.contextmanager
+def on_the_first_signal(function):
+    """Inside the block the first Ctrl-C or SIGTERM calls function(signal). The second does what
+    it would do outside."""
+    here = threading.current_thread() is threading.main_thread()        # others get no signals
+    before = {which: signal.getsignal(which) for which in (signal.SIGINT, signal.SIGTERM)}
 
-    The first signal stops training after this step, or gives up the evaluation. The second
-    ends the program at once.
-    """
-    stop = multiprocessing.RawValue("i")                    # worker processes see it too
-
-    def set_handlers(handler):
-        for which in (signal.SIGINT, signal.SIGTERM):
+    def restore():
+        for which, handler in before.items():
             signal.signal(which, handler)
 
     def first(which, frame):
-        stop.value = which
-        set_handlers(signal.SIG_DFL)
-    set_handlers(first)
-    return stop
+        restore()
+        function(which)
+    if here:
+        for which in before:
+            signal.signal(which, first)
+    try:
+        yield
+    finally:
+        if here:
+            restore()
+
+
+@contextlib.contextmanager
+def stop_on_signals():
+    """An array of one integer that all processes see: 0, which is false, or the signal received.
+
+    The first signal stops training after this step, or gives up the evaluation.
+    """
+    with computing_on("cpu"):
+        stop = shared_zeros((1,), numpy.int64)
+    with on_the_first_signal(lambda which: stop.fill(which)):
+        yield stop
 
 
 def show(text, keep=True):
     """Print a line. On a terminal the next line overwrites one that is not to be kept."""
     try:
         if sys.stdout.isatty():
-            width = shutil.get_terminal_size().columns
-            text = text if keep else text[:width - 1]
-            print("\r\x1b[K" + text, end="\n" if keep else "", flush=True)
+            text = text if keep else text[:terminal_width() - 1]
+            print(empty_line() + text, end="\n" if keep else "", flush=True)
         else:
             print(text, flush=True)
     except OSError:                         # `| head`, a full disk: train on
         no_more_output()
+
+
+def terminal_width():
+    return shutil.get_terminal_size().columns
+
+
+def empty_line():
+    """What empties the terminal's line, on every terminal."""
+    return "\r" + " " * (terminal_width() - 1) + "\r"
+
+
+def visible(text):
+    """The text without control characters, which could take over a terminal."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", text)
+
+
+def figure(x):
+    """Four decimals, or where these would be silly, four digits."""
+    return f"{x:.4f}" if abs(x) < 1e5 else f"{x:.3e}"
 
 
 def no_more_output():
@@ -464,7 +540,7 @@ def first_given(*values):
 VERSION = 2
 ADAM = {"m": "first", "v": "second", "average": "average"}      # names in a checkpoint, in Adam
 OF_A_RUN = ("checkpoint.npz", "best.npz", "log.csv", "config.json", "loss.png",
-            "attention.png")
+            "attention.png", "line.png")
 
 
 class Failure(Exception):
@@ -476,17 +552,48 @@ class Failure(Exception):
 
 
 def one_line(text):
-    """The text with a space for each character that is not printable: a name may hold any."""
+    """The text with a space for each character that is not printable: a name may hold any. Of a
+    long one the middle is left out."""
+    text = text if len(text) <= 1000 else f"{text[:600]} … {text[-300:]}"
     return "".join(c if c.isprintable() else " " for c in text)
 
 
 def read_file(path):
     try:
+        if path.exists() and not path.is_file():        # a pipe may wait, a device never end
+            kind = "a directory" if path.is_dir() else "no regular file"
+            raise Failure(f"{path} is {kind}; name a file")
         return path.read_bytes()
-    except IsADirectoryError:
-        raise Failure(f"{path} is a directory; name a file")
     except OSError as error:
         raise Failure(f"cannot read {path}: {error.strerror}")
+
+
+def no_place(directory, error):
+    return Failure(f"cannot write to {directory}: {getattr(error, 'strerror', error)}; "
+                   "name another directory with --out DIR")
+
+
+@contextlib.contextmanager
+def only_run_in(directory):
+    """Make the directory. Failure while another process is inside such a block."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = os.open(directory / ".lock",
+                       os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+    except OSError as error:
+        raise no_place(directory, error)
+    try:
+        try:
+            import fcntl
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)    # ends with the process
+        except (BlockingIOError, PermissionError):
+            raise Failure(f"another process is training in {directory}: name another directory "
+                          "with --out DIR")
+        except (ImportError, OSError):      # Windows, and some network disks, have no such locks
+            pass
+        yield
+    finally:
+        os.close(lock)
 
 
 def write_whole(path, data):
@@ -494,7 +601,8 @@ def write_whole(path, data):
     piece. So there is either the old file or the new one, whatever happens."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        temporary.unlink(missing_ok=True)
+        with open(temporary, "xb") as file:             # x: never what another has put there
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -685,7 +793,13 @@ def new_or_resumed(args):
     return {**meta["settings"], **given}, meta, arrays
 
 
-def check_size(config, B, T, M, memories=1, copies=1):
+def another_text(args, meta, corpus):
+    its = meta["corpus"]
+    return Failure(f"the run in {args.out} reads {its['name']} (SHA-256 {its['sha256'][:12]}…), "
+                   f"not {corpus['name']}; name that text with --data FILE", status=2)
+
+
+def check_size(mode, config, B, T, M, memories=1, copies=1):
     """Refuse what cannot fit into this machine.
 
     Counted are `copies` arrays as large as the parameters, one step on a batch, and
@@ -699,8 +813,7 @@ def check_size(config, B, T, M, memories=1, copies=1):
     there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > there:
         raise Failure(f"this takes about {needed / 2**30:,.0f} GiB of memory and the machine "
-                      f"has {there / 2**30:,.0f}: lower --batch-size, --seq-len, --mem-len or "
-                      "the size of the model", status=2)
+                      f"has {there / 2**30:,.0f}: lower {LOWER[mode]}", status=2)
 
 
 # %% 6. The corpus
@@ -731,7 +844,7 @@ def find_corpus(file):
     known = {corpus["sha256"]: corpus["name"] for corpus in (TINY, PLAYS)}
     name = known.get(digest) or one_line(file.name)
     try:
-        text = data.decode("utf-8")
+        text = data.decode("utf-8").removeprefix("\ufeff")      # a byte order mark
     except UnicodeDecodeError as error:
         raise Failure(f"{name} is not UTF-8: byte {data[error.start]:#04x} at offset "
                       f"{error.start}; convert it to UTF-8")
@@ -746,7 +859,8 @@ def encode(text, vocabulary):
     strange = sorted(set(text) - set(vocabulary))
     if strange:
         raise Failure(f"the model never saw {', '.join(map(repr, strange[:20]))}"
-                      f"{' …' if len(strange) > 20 else ''}; it knows {vocabulary!r}", status=2)
+                      f"{' …' if len(strange) > 20 else ''}; it knows {vocabulary[:200]!r}",
+                      status=2)
     index = {character: i for i, character in enumerate(vocabulary)}
     return numpy.fromiter(map(index.get, text), dtype=numpy.int64, count=len(text))
 
@@ -837,26 +951,44 @@ def spoken(markdown):
 
 
 # %% 7. What a finished run is good for
-def trained(args):
-    """(meta, model, memory length) of best.npz in --out, or else of checkpoint.npz."""
-    paths = [args.out / name for name in ("best.npz", "checkpoint.npz")]
+def load_run(directory):
+    """(model, vocabulary) of a run: the best model, and a string with its characters.
+
+    Token i is vocabulary[i]; encode(text, vocabulary) gives the tokens of a text.
+    """
+    meta, model = best_model(directory)
+    return model, meta["vocabulary"]
+
+
+def best_model(directory):
+    """(meta, model) of best.npz, or else of checkpoint.npz."""
+    paths = [pathlib.Path(directory, name) for name in ("best.npz", "checkpoint.npz")]
     path = next((path for path in paths if path.exists()), None)
     if path is None:
-        raise Failure(f"there is no checkpoint in {args.out}: train first, or name the run's "
+        raise Failure(f"there is no checkpoint in {directory}: train first, or name the run's "
                       "directory with --out DIR")
     meta, arrays = load(path)
     model = TransformerXL(Config(**meta["model"]))
     restore(model, arrays, path)
+    return meta, model
+
+
+def trained(args):
+    """(meta, model, memory length) of the run in --out."""
+    meta, model = best_model(args.out)
     mem_len = first_given(args.eval_mem_len, meta["settings"]["eval_mem_len"],
                           model.config.mem_len)
     return meta, model, mem_len
 
 
 def held_out_text(args, meta):
-    """(corpus, tokens) of the text that the run in --out is evaluated on."""
+    """(corpus, tokens) of the text that the run in --out is evaluated on: its own, or --data."""
     text, corpus = find_corpus(args.data)
+    other = corpus["sha256"] != meta["corpus"]["sha256"]
+    if other and args.data is None:
+        raise another_text(args, meta, corpus)
     held_out = split(encode(text, meta["vocabulary"]))[1]
-    if corpus["sha256"] != meta["corpus"]["sha256"]:
+    if other:
         note = (f"note: the run in {args.out} was trained on {meta['corpus']['name']}, "
                 f"this is {corpus['name']}")
         print(one_line(note), file=sys.stderr)
@@ -877,7 +1009,7 @@ def evaluate_run(args):
         lengths = sorted({int(f * trained_len) for f in (0, 0.5, 1, 2, 4)} | {chosen})
     for mem_len in lengths:
         B = stream_count(n, batch_size, seq_len, mem_len)
-        check_size(model.config, B, seq_len, min(mem_len, n))
+        check_size("eval", model.config, B, seq_len, min(mem_len, n))
     print(f"step {meta['step']}, {n:,} characters of {corpus['name']}")
     print(f"{'memory':>8}{'nats':>10}{'bits a character':>20}{'perplexity':>14}"
           f"{'characters/s':>16}")
@@ -885,8 +1017,10 @@ def evaluate_run(args):
         began = time.perf_counter()
         nats = evaluate(model, held_out, batch_size, seq_len, mem_len, args.threads)
         speed = n / (time.perf_counter() - began)
-        print(f"{mem_len:8}{nats:10.4f}{nats / math.log(2):20.4f}{numpy.exp(nats):14.4f}"
-              f"{speed:16,.0f}", flush=True)
+        if not math.isfinite(nats):
+            raise Failure("the loss is not finite: the weights of this run are useless")
+        print(f"{mem_len:8}{figure(nats):>10}{figure(nats / math.log(2)):>20}"
+              f"{figure(numpy.exp(nats)):>14}{speed:16,.0f}", flush=True)
 
 
 def generate_text(args):
@@ -895,16 +1029,18 @@ def generate_text(args):
     if not args.generate:
         raise Failure("--generate needs at least one character to start from", status=2)
     prompt = encode(args.generate, vocabulary)
-    print(args.generate, end="", flush=True)
+    shown = visible if sys.stdout.isatty() else str
+    print(shown(args.generate), end="", flush=True)
     rng = numpy.random.default_rng(first_given(args.seed, FIXED["seed"][0]))
     for token in generate(model, prompt, args.length, args.temperature, args.top_k, args.top_p,
                           rng, mem_len):
-        print(vocabulary[token], end="", flush=True)
+        print(shown(vocabulary[token]), end="", flush=True)
     print()
 
 
 def plot(args):
-    """Two pictures in --out: loss.png from the log, attention.png from the held-out text."""
+    """Three pictures in --out: loss.png from the log; attention.png and line.png from the
+    held-out text."""
     meta, model, mem_len = trained(args)
     path = args.out / "checkpoint.npz"
     newest, _ = load(path)
@@ -917,21 +1053,44 @@ def plot(args):
     except ImportError:
         raise Failure("--plot needs matplotlib, which is not installed: "
                       "pip install matplotlib")
-    log = [dict(zip(LOG, entry)) for entry in log]
     axes = Figure(figsize=(8, 4.5)).subplots()
+    draw_loss(axes, log)
+    write_picture(args.out / "loss.png", axes.figure)
+
+    T = meta["settings"]["seq_len"]
+    check_size("plot", model.config, 16, T, mem_len)
+    held_out = held_out_text(args, meta)[1]
+    axes = Figure(figsize=(8, 4.5)).subplots()
+    draw_distances(axes, mean_attention(model, held_out, T, mem_len), T, mem_len)
+    write_picture(args.out / "attention.png", axes.figure)
+
+    line = line_attention(model, meta["vocabulary"], held_out)
+    columns = min(2, model.config.n_head)
+    rows = -(-model.config.n_head // columns)
+    picture = Figure(figsize=(8 * columns, 4.3 * rows), layout="constrained")
+    picture.suptitle(f"What the heads of layer {model.config.n_layer} attend to in one line "
+                     "(colour: square root of the weight)")
+    draw_heads(picture.subplots(rows, columns, squeeze=False).flat, *line)
+    write_picture(args.out / "line.png", picture)
+
+
+def draw_loss(axes, log):
+    """The losses of a run's log, entries as in LOG, over the minutes."""
+    log = [dict(zip(LOG, entry)) for entry in log]
     for name, label, style in (
             ("loss", "training", dict(color="tab:blue", alpha=0.6)),
             ("val_loss", "validation", dict(color="tab:orange", marker="o"))):
         points = [(entry["seconds"] / 60, entry[name]) for entry in log
                   if entry[name] is not None]
-        axes.plot(*zip(*points), label=label, **style)
-    write_picture(args.out / "loss.png", axes, title="Loss", xlabel="minutes of training",
-                  ylabel="loss (nats per character)")
+        if points:
+            axes.plot(*zip(*points), label=label, **style)
+    axes.set(title="Loss", xlabel="minutes of training", ylabel="loss (nats per character)")
+    axes.grid(alpha=0.3)
+    axes.legend()
 
-    T = meta["settings"]["seq_len"]
-    check_size(model.config, 16, T, mem_len)
-    axes = Figure(figsize=(8, 4.5)).subplots()
-    attention = mean_attention(model, held_out_text(args, meta)[1], T, mem_len)
+
+def draw_distances(axes, attention, T, mem_len):
+    """Mean attention [N, K] over the distance, see `mean_attention`."""
     for layer, weights in enumerate(attention, start=1):
         axes.plot(weights, label=f"layer {layer}")
     axes.axvline(T, color="gray", linestyle="--")
@@ -942,17 +1101,30 @@ def plot(args):
     axes.set_xticks([0] + [2 ** i for i in range((T + mem_len).bit_length())])
     axes.xaxis.set_major_formatter("{x:.0f}")
     axes.set_yscale("log")
-    write_picture(args.out / "attention.png", axes, ylabel="mean attention weight",
-                  title=f"Attention by distance, memory {mem_len}",
-                  xlabel="characters back (0: the character itself)")
-
-
-def write_picture(path, axes, **labels):
-    axes.set(**labels)
+    axes.set(title=f"Attention by distance, memory {mem_len}", ylabel="mean attention weight",
+             xlabel="characters back (0: the character itself)")
     axes.grid(alpha=0.3)
     axes.legend()
+
+
+def draw_heads(all_axes, keys, queries, weights):
+    """A heat map [T, K] of each head, see `line_attention`: dark where a query looks."""
+    def shown(text):                    # a space would be invisible
+        return [{" ": "·", "\n": "↵"}.get(character) or visible(character) for character in text]
+
+    edge = len(keys) - len(queries)                         # memory is on the left of it
+    for head, (axes, of_head) in enumerate(zip(all_axes, weights), start=1):
+        axes.imshow(of_head ** 0.5, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+        axes.axvline(edge - 0.5, color="tab:red")
+        axes.set_xticks(range(len(keys)), shown(keys))
+        axes.set_yticks(range(len(queries)), shown(queries))
+        axes.tick_params(length=0, labelsize=7, labelfontfamily="monospace")
+        axes.set(title=f"head {head}", xlabel="key: memory | segment", ylabel="query")
+
+
+def write_picture(path, figure):
     buffer = io.BytesIO()
-    axes.figure.savefig(buffer, format="png", dpi=120, bbox_inches="tight")
+    figure.savefig(buffer, format="png", dpi=120, bbox_inches="tight")
     write_whole(path, buffer.getbuffer())
     print(f"written: {path}")
 
@@ -974,6 +1146,25 @@ def mean_attention(model, held_out, seq_len, mem_len):
         raise Failure(f"the held-out text is too short for {seq_len} characters behind a "
                       f"memory of {mem_len}; --eval-mem-len N sets a shorter one")
     return sum(found) / len(found)
+
+
+def line_attention(model, vocabulary, held_out, layer=-1, memory=32, longest=40):
+    """What a layer attends to in a line of the held-out text: (keys, queries, weights [H, T, K]).
+
+    `queries` is the line, `keys` the characters in memory before it and the line. It is the first
+    line of a good length, or `longest` characters of a text without lines. The weights are NumPy's.
+    """
+    text = "".join(vocabulary[token] for token in held_out[:20_000])
+    memory = min(memory, len(text) // 2)
+    lines = re.finditer(rf"(?<=\n)[^\n]{{{longest // 2},{longest}}}(?=\n)", text)
+    start, end = next((line.span() for line in lines if line.start() >= memory),
+                      (memory, memory + longest))
+    read, segment = (xp.asarray(held_out[None, part])
+                     for part in (slice(start - memory, start), slice(start, end)))
+    with no_grad():
+        states = model(read, mem_len=memory)[1] if memory else model.empty_memory(1)
+    weights = to_numpy(attention_weights(model, segment, states)[layer])[:, 0]
+    return text[start - memory:end], text[start:end], weights
 
 
 # %% 8. The command line
@@ -998,6 +1189,7 @@ def number(kind, low, high=math.inf, above=False):
 # The settings of a run: name -> (default, what is allowed, help). FIXED ones define it and
 # cannot change when it is resumed; FREE ones can. A checkpoint holds them all.
 whole, positive = number(int, 0, 10**9), number(int, 1, 10**9)
+DEFAULT_OUT = pathlib.Path("runs/shakespeare")
 FIXED = {
     "n_layer": (4, number(int, 1, 1025), "layers"),
     "n_head": (4, number(int, 1, 1025), "attention heads"),
@@ -1027,15 +1219,26 @@ ON_A_GPU = {"n_layer": 8, "dropout": 0.12, "batch_size": 64, "steps": 4000}    #
 USED = {                                        # the settings that a command takes
     "train": SETTINGS, "eval": ("batch_size", "seq_len", "eval_mem_len"),
     "generate": ("seed", "eval_mem_len"), "plot": ("eval_mem_len",)}
+LOWER = {                                       # what to lower where memory does not suffice
+    "train": "--batch-size, --seq-len, --mem-len or the size of the model",
+    "eval": "--batch-size, --seq-len or --eval-mem-len", "generate": "--eval-mem-len",
+    "plot": "--eval-mem-len"}
+
+
+def path(text):
+    """An argparse type. An empty name would be the current directory."""
+    if not text:
+        raise argparse.ArgumentTypeError("a name is needed")
+    return pathlib.Path(text)
 
 
 def parse_arguments(argv=None):
-    affinity = getattr(os, "sched_getaffinity", None)
-    cores = min(len(affinity(0)) if affinity else os.cpu_count() or 1, 8)
+    cores = min(core_count(), 8)
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     usage="train_shakespeare.py [options]",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(
-        2, f"{parser.prog}: {message} (see --help)\n")
+        2, one_line(f"{parser.prog}: {message} (see --help)") + "\n")
 
     what = parser.add_argument_group("what to do").add_mutually_exclusive_group()
     what.add_argument("--resume", action="store_true", help="continue the run in --out")
@@ -1046,19 +1249,18 @@ def parse_arguments(argv=None):
     what.add_argument("--generate", metavar="TEXT",
                       help="continue TEXT with that checkpoint and stop")
     what.add_argument("--plot", action="store_true",
-                      help="draw loss.png and attention.png in --out and stop "
-                           "(needs matplotlib)")
+                      help="draw loss.png, attention.png and line.png in --out and "
+                           "stop (needs matplotlib)")
 
     where = parser.add_argument_group("where")
     where.add_argument("--device", choices=["cpu", "gpu"], default="cpu",
                        help="NumPy or CuPy (default: cpu)")
     where.add_argument("--tf32", action="store_true",
                        help="on a GPU: faster, less exact float32 products")
-    where.add_argument("--data", metavar="FILE", type=pathlib.Path,
+    where.add_argument("--data", metavar="FILE", type=path,
                        help="a UTF-8 text (default: Tiny Shakespeare)")
-    where.add_argument("--out", metavar="DIR", type=pathlib.Path,
-                       default=pathlib.Path("runs/shakespeare"),
-                       help="directory of the run (default: runs/shakespeare)")
+    where.add_argument("--out", metavar="DIR", type=path, default=DEFAULT_OUT,
+                       help=f"directory of the run (default: {DEFAULT_OUT})")
     where.add_argument("--threads", type=number(int, 1, 1025), default=cores, metavar="N",
                        help="parts of a batch computed at once on the CPU "
                             f"(default here: {cores})")
@@ -1094,6 +1296,10 @@ def parse_arguments(argv=None):
 
 
 # %% 9. Main
+def interrupt(which):
+    raise KeyboardInterrupt(which)
+
+
 def main(argv=None):
     """Run the command; returns the exit status."""
     args, status = parse_arguments(argv), 1
@@ -1110,12 +1316,12 @@ def main(argv=None):
         numpy.seterr(all="ignore")          # what is not finite is found where it matters
         commands = {"train": train, "eval": evaluate_run, "generate": generate_text,
                     "plot": plot}
-        return commands[args.mode](args) or 0
-    except (Failure, DeviceError) as failure:
+        with on_the_first_signal(interrupt):        # so that SIGTERM too ends what was begun
+            return commands[args.mode](args) or 0
+    except (Failure, DeviceError, FloatingPointError) as failure:
         message, status = failure, getattr(failure, "status", 1)
     except MemoryError as error:            # of the CPU, or of a GPU
-        message = what_a_gpu_says(error) or (
-            "not enough memory: lower --batch-size, --seq-len, --mem-len or the size of the model")
+        message = what_a_gpu_says(error) or f"not enough memory: lower {LOWER[args.mode]}"
     except RuntimeError as error:           # of CUDA or cuBLAS
         message = what_a_gpu_says(error)
         if message is None:
@@ -1125,15 +1331,15 @@ def main(argv=None):
         return 1
     except OSError as error:
         message = one_line(f"{error.filename or 'input or output'}: {error.strerror or error}")
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupted:
         with contextlib.suppress(BrokenPipeError):
             print(flush=True)
-        os._exit(130)                       # at once, without waiting for threads
+        return 128 + (interrupted.args or (signal.SIGINT,))[0]
     # On a terminal, over a log line that was not to be kept.
-    print(("\r\x1b[K" if sys.stderr.isatty() else "") + f"train_shakespeare.py: {message}",
+    print((empty_line() if sys.stderr.isatty() else "") + f"train_shakespeare.py: {message}",
           file=sys.stderr)
     return status
 
 
-if __name__ == "__main__":
+if AS_COMMAND:
     sys.exit(main())

@@ -195,13 +195,15 @@ def hidden_keys(T, M, window=None):
 # Up to its 0 each row is that of the table in section 2. Right of the 0 the next unshifted
 # row begins. Those are keys in the future, which the mask hides.
 
-def rel_shift(x):
+@op
+def rel_shift(a):
     """From columns that stand for distances to columns that stand for keys: [..., T, K].
 
     >>> rel_shift(Tensor([[4, 3, 2, 1, 0]] * 3)).numpy().tolist()
     [[2, 1, 0, 4, 3], [3, 2, 1, 0, 4], [4, 3, 2, 1, 0]]
     """
-    return result(shifted_rows(x.data, x.shape[-1]), (x, shift_back))
+    x, = arrays(a)
+    return result(shifted_rows(x, x.shape[-1]), (a, shift_back))
 
 
 def shifted_rows(x, width):
@@ -428,7 +430,8 @@ class Config:
     tie_weights: bool = False       # the output uses the embeddings (Press and Wolf 2017)
     positions: str = "sinusoid"     # R of section 2; "learned": appendix B
     clamp_len: int | None = None    # a larger distance counts as this one; None: no limit
-    activation: str = "relu"        # of the feed-forward network; or "squared_relu"
+    activation: str = "relu"        # of the feed-forward network; or "squared_relu", which is
+                                    # train_shakespeare.py's default
     same_length: bool = False       # a query sees at most mem_len keys before itself; False:
                                     # the whole memory, and its segment up to itself
 
@@ -498,6 +501,14 @@ class TransformerXL:
         empty = xp.zeros((batch, 0, self.config.d_model), dtype=self.dtype)
         return [empty for _ in self.layers]
 
+    def __repr__(self):
+        c = self.config
+        return (f"TransformerXL: {c.parameter_count():,} parameters, {self.dtype}\n"
+                f"    {c.n_layer} layers, {c.n_head} heads, width {c.d_model}, "
+                f"feed-forward {c.d_ff} ({c.activation}), vocabulary {c.vocab_size}\n"
+                f"    memory {c.mem_len}, {c.positions} positions, "
+                f"{'pre' if c.pre_norm else 'post'}-norm, dropout {c.dropout:g}")
+
     def parameters(self):
         """{"embedding": Tensor, "layers.0.attention.W_q": …, …}, in a fixed order."""
         return dict(named_tensors(self))
@@ -558,6 +569,8 @@ class Adam:
         self.parameters, self.lr, self.betas, self.eps = parameters, lr, betas, eps
         self.weight_decay, self.clip, self.average_over = weight_decay, clip, average_over
         self.t = 0
+        if len({w.dtype for w in parameters.values()}) > 1:
+            raise TypeError("Adam: the parameters must have one dtype")
         self.first, self.second, self.average = (
             {name: xp.zeros_like(w.data) for name, w in parameters.items()}
             for _ in range(3))
@@ -654,7 +667,7 @@ def generate(model, prompt, length, temperature=1.0, top_k=None, top_p=None, rng
     mem_len = model.config.mem_len if mem_len is None else mem_len
     mem_len = min(mem_len, prompt.size + length)        # there is never more to remember
     # In segments: shorter ones would take more steps, longer ones more space.
-    memory, seq_len = None, max(1, mem_len)
+    memory, seq_len = None, min(max(1, mem_len), 256)
     for at in range(0, prompt.size, seq_len):
         with no_grad():
             segment = prompt[None, at:at + seq_len]
@@ -670,6 +683,8 @@ def generate(model, prompt, length, temperature=1.0, top_k=None, top_p=None, rng
 
 def sample(logits, temperature, top_k, top_p, rng):
     """One token from logits [V] (a NumPy array), see `generate`."""
+    if not numpy.isfinite(logits).all():
+        raise FloatingPointError("generate: a logit is not finite; the weights are useless")
     if temperature == 0:
         return int(logits.argmax())
     order = numpy.argsort(-logits, kind="stable")[:top_k]           # the likeliest first
@@ -863,6 +878,8 @@ class DividedAdam(Adam):
 
     parts   processes among which a batch is divided. Each `collect`s the gradients of its rows.
             `step` adds them up and updates the parameters, each process an equal share
+
+    Every parameter must get a gradient from every part. Adam leaves one without alone.
     """
 
     def __init__(self, parameters, *arguments, parts=1, **options):
@@ -873,19 +890,21 @@ class DividedAdam(Adam):
         if not self.average_over:
             self.flat["average"] = self.flat["value"]
         self.gradient = shared_zeros((parts, count), dtype)
-        self.decayed, self.places, end = xp.zeros(count, dtype=dtype), {}, 0
+        self.decayed, self.places, self.views, end = xp.zeros(count, dtype=dtype), {}, {}, 0
         for name, w in parameters.items():
             start, end = end, end + w.size
             place = self.places[w] = slice(start, end)
             views = [self.flat[kind][place].reshape(w.shape) for kind in kinds]
             views[0][...] = w.data
             w.data, self.first[name], self.second[name], self.average[name] = views
-            self.decayed[place] = decays(name)
+            self.views[w], self.decayed[place] = views[0], decays(name)
 
     def collect(self, part, leaves):
-        """Store one part's gradients, [(parameter, gradient), …]; the others are zero."""
+        """Store one part's gradients, [(parameter, gradient), …]."""
         if len(leaves) < len(self.places):
-            self.gradient[part] = 0
+            there = {w for w, _ in leaves}
+            name = next(name for name, w in self.parameters.items() if w not in there)
+            raise ValueError(f"DividedAdam: {name} has no gradient; Adam takes such parameters")
         for w, g in leaves:
             self.gradient[part, self.places[w]] = g.reshape(-1)
 
@@ -895,6 +914,9 @@ class DividedAdam(Adam):
         everywhere(function, …) returns [function(part, …) for every part]. Without it this
         process does all parts, with the parameters' `.grad`.
         """
+        for w, view in self.views.items():
+            if w.data is not view:                      # somebody has assigned another array
+                view[...], w.data = w.data, view
         if everywhere is None:
             self.collect(0, [(w, w.grad) for w in self.places if w.grad is not None])
 
@@ -1033,27 +1055,36 @@ class Decoder:
 
 
 # %% E. What layers attend to
-def attention_by_distance(model, tokens, memory):
-    """How far back each layer looks: [N, K], the mean weight of keys 0, 1, … tokens back.
+def attention_weights(model, tokens, memory):
+    """How much each query of tokens [B, T] attends to each key: of each layer [H, B, T, K].
 
-    The mean is over heads, sequences and those queries of `tokens` [B, T] that have so many
-    keys before them. `memory` holds N arrays [B, M, D]. With same_length M must be at least
-    T, and a query sees M keys.
+    `memory` holds N arrays [B, M, D]. With same_length M must be at least T, and a query
+    sees M keys.
     """
-    T, M, config, rows = tokens.shape[1], memory[0].shape[1], model.config, []
+    T, M, config, found = tokens.shape[1], memory[0].shape[1], model.config, []
     window = max(M, T)          # so many states are kept that the segment's inputs are among them
     with no_grad():
         _, inputs = model(tokens, memory, mem_len=window)
         positions = relative_positions(config, T, M, model.dtype)
         mask = hidden_keys(T, M, window if config.same_length else None)
-        distance = key_distances(T, M)
         for layer, past, x in zip(model.layers, memory, inputs):
             norm = layer.attention_norm if config.pre_norm else None
             q, kv = layer.attention.project(x[:, x.shape[1] - T:], past, norm)
             q, k = heads(q, config.n_head), heads(kv[..., :config.d_model], config.n_head)
-            weights = layer.attention.weights(q, k, positions, mask).data.mean(axis=(0, 1))
-            rows.append([weights[distance == n].mean().item() for n in range(M + T)])
-    return numpy.array(rows)
+            found.append(layer.attention.weights(q, k, positions, mask).data)
+    return found
+
+
+def attention_by_distance(model, tokens, memory):
+    """How far back each layer looks: [N, K], the mean weight of keys 0, 1, … tokens back.
+
+    The mean is over heads, sequences and those queries that have so many keys before them.
+    """
+    T, M = tokens.shape[1], memory[0].shape[1]
+    distance = key_distances(T, M)
+    means = [weights.mean(axis=(0, 1)) for weights in attention_weights(model, tokens, memory)]
+    return numpy.array([[mean[distance == n].mean().item() for n in range(M + T)]
+                        for mean in means])
 
 
 # %% F. What a configuration and a call must hold
@@ -1086,8 +1117,8 @@ def checked_call(model, tokens, memory):
     """A call's tokens as an array, and its memory; ValueError where a shape is wrong."""
     tokens = tokens.data if isinstance(tokens, Tensor) else tokens
     tokens = tokens if hasattr(tokens, "dtype") else numpy.asarray(tokens)
-    if tokens.ndim != 2 or tokens.dtype.kind not in "iu":
-        raise ValueError("tokens must be integers [batch, seq_len], "
+    if tokens.ndim != 2 or tokens.size == 0 or tokens.dtype.kind not in "iu":
+        raise ValueError("tokens must be integers [batch, seq_len] and not empty, "
                          f"not {tokens.dtype}{list(tokens.shape)}")
     within(tokens, model.config.vocab_size)
     tokens = xp.asarray(tokens)

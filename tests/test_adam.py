@@ -59,10 +59,8 @@ def test_adam_is_the_rule_written_out_by_hand(weight_decay, clip, eps, Adam):
 @pytest.mark.skipif(xp.module is not numpy, reason="a GPU takes the whole batch at once")
 @pytest.mark.parametrize("parts", [2, 3])
 def test_adam_in_parts_adds_their_gradients_up_and_is_adam_in_one(parts):
-    """Each part of the batch collects its gradients; one parameter gets none from the last part
-    after the first step, one none at all."""
     rng = RNG(1)
-    values = {"W": rng.normal(size=(5, 3)), "b": rng.normal(size=4), "unused": rng.normal(size=2)}
+    values = {"W": rng.normal(size=(5, 3)), "b": rng.normal(size=4)}
     ours, expected = ({name: Tensor(xp.asarray(value), requires_grad=True)
                        for name, value in values.items()} for _ in range(2))
     divided = txl.DividedAdam(ours, lr=0.05, weight_decay=0.1, clip=1.0, parts=parts)
@@ -71,14 +69,12 @@ def test_adam_in_parts_adds_their_gradients_up_and_is_adam_in_one(parts):
 
     def collect(part, step):
         W, b = gradients[step, part, :15].reshape(5, 3), gradients[step, part, 15:]
-        leaves = [(ours["b"], xp.asarray(b))] if part < parts - 1 or step == 0 else []
-        divided.collect(part, leaves + [(ours["W"], xp.asarray(W))])
+        divided.collect(part, [(ours["b"], xp.asarray(b)), (ours["W"], xp.asarray(W))])
     with Workers(range(parts), [collect, divided.add_up, divided.update_share]) as workers:
         for step in range(3):
             workers(collect, step)
             norm = divided.step(everywhere=workers)
             total = gradients[step].sum(axis=0)
-            total[15:] -= gradients[step, -1, 15:] * (step > 0)
             expected["W"].grad = xp.asarray(total[:15].reshape(5, 3))
             expected["b"].grad = xp.asarray(total[15:])
             assert float(norm) == pytest.approx(float(whole.step()), rel=1e-12)
@@ -136,15 +132,53 @@ def test_the_first_step_has_the_size_of_the_learning_rate_whatever_the_gradient(
 
 
 @both
-def test_a_parameter_without_gradient_stays_and_the_learning_rate_can_be_given_for_a_step(Adam):
-    w, unused = (Tensor(xp.ones(2), requires_grad=True) for _ in range(2))
-    adam = Adam({"w": w, "unused": unused}, lr=0.01)
+def test_the_learning_rate_can_be_given_for_a_step(Adam):
+    w = Tensor(xp.ones(2), requires_grad=True)
+    adam = Adam({"w": w}, lr=0.01)
     w.grad = xp.ones(2)
     adam.step(lr=0.5)
     numpy.testing.assert_allclose(w.numpy(), [0.5, 0.5], rtol=1e-6)
-    assert unused.numpy().tolist() == [1, 1]
     adam.zero_grad()
     assert w.grad is None
+
+
+def test_a_parameter_without_gradient_stays_as_it_is():
+    """It neither decays nor drifts on, also where it had gradients before."""
+    w, W_frozen = (Tensor(xp.ones(2), requires_grad=True) for _ in range(2))
+    adam = txl.Adam({"w": w, "W_frozen": W_frozen}, lr=0.1, weight_decay=0.1, average_over=2)
+    w.grad = W_frozen.grad = xp.ones(2)
+    adam.step()
+    before, W_frozen.grad = W_frozen.numpy().copy(), None
+    adam.step()
+    numpy.testing.assert_array_equal(W_frozen.numpy(), before)
+    assert abs(w.numpy() - before).max() > 0.05
+
+
+def test_divided_adam_wants_a_gradient_for_every_parameter():
+    w, frozen = (Tensor(xp.ones(2), requires_grad=True) for _ in range(2))
+    adam, w.grad = txl.DividedAdam({"w": w, "frozen": frozen}), xp.ones(2)
+    with pytest.raises(ValueError, match="frozen has no gradient"):
+        adam.step()
+    assert w.numpy().tolist() == frozen.numpy().tolist() == [1, 1]
+
+
+@both
+def test_a_parameter_that_was_given_another_array_is_trained_on_from_there(Adam):
+    w = Tensor(xp.ones(2), requires_grad=True)
+    adam = Adam({"w": w}, lr=0.5)
+    w.data, w.grad = xp.asarray([10.0, 20.0]), xp.ones(2)
+    adam.step()
+    numpy.testing.assert_allclose(w.numpy(), [9.5, 19.5], rtol=1e-6)
+    w.grad = xp.ones(2)
+    adam.step()
+    numpy.testing.assert_allclose(w.numpy(), [9, 19], rtol=1e-6)
+
+
+@both
+def test_parameters_of_two_dtypes_are_refused(Adam):
+    with pytest.raises(TypeError, match="one dtype"):
+        Adam({name: Tensor(xp.ones(2, dtype=name), requires_grad=True)
+              for name in ("float32", "float64")})
 
 
 @both

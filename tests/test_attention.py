@@ -15,7 +15,15 @@ RNG = numpy.random.default_rng
 
 # %% The relative shift
 
-@pytest.mark.parametrize("T, M", [(1, 0), (1, 4), (3, 0), (3, 2), (4, 4), (2, 7)])
+def shapes(*cases):
+    """The cases (T, M) or (T, M, clamp_len or window), with names that say so."""
+    def name(case):
+        return ", ".join([f"{case[0]} queries, memory {case[1]}"] + [
+            f"limit {limit}" for limit in case[2:] if limit is not None])
+    return [pytest.param(*case, id=name(case)) for case in cases]
+
+
+@pytest.mark.parametrize("T, M", shapes((1, 0), (1, 4), (3, 0), (3, 2), (4, 4), (2, 7)))
 def test_relative_shift_is_the_double_loop(T, M):
     K = M + T
     x = RNG(0).normal(size=(2, 3, T, K))
@@ -29,7 +37,9 @@ def test_relative_shift_is_the_double_loop(T, M):
 
 def test_relative_shift_on_the_matrix_of_the_text():
     x = Tensor(xp.asarray([[4, 3, 2, 1, 0]] * 3))
-    assert txl.rel_shift(x).numpy().tolist() == [[2, 1, 0, 4, 3], [3, 2, 1, 0, 4], [4, 3, 2, 1, 0]]
+    shifted = [[2, 1, 0, 4, 3], [3, 2, 1, 0, 4], [4, 3, 2, 1, 0]]
+    assert txl.rel_shift(x).numpy().tolist() == shifted
+    assert txl.rel_shift(x.data).numpy().tolist() == shifted       # of a plain array too
 
 
 # %% The mask
@@ -95,8 +105,8 @@ def attention_by_loops(attention, x, memory, config, clamp_len):
 @pytest.mark.parametrize("form, Attention", [
     ("sinusoid", txl.RelativeMultiHeadAttention), ("sinusoid", txl.FasterAttention),
     ("learned", txl.LearnedPositions)], ids=["sinusoid", "sinusoid, faster", "learned"])
-@pytest.mark.parametrize("T, M, clamp_len", [
-    (1, 0, 20), (4, 0, 20), (3, 2, 20), (3, 5, 20), (3, 5, 2)])
+@pytest.mark.parametrize("T, M, clamp_len", shapes(
+    (1, 0, 20), (4, 0, 20), (3, 2, 20), (3, 5, 20), (3, 5, 2)))
 def test_attention_is_the_four_terms_as_four_loops(form, Attention, T, M, clamp_len):
     config = txl.Config(5, n_layer=1, n_head=2, d_model=8, positions=form, clamp_len=clamp_len)
     rng = RNG(1)
@@ -111,9 +121,10 @@ def test_attention_is_the_four_terms_as_four_loops(form, Attention, T, M, clamp_
     numpy.testing.assert_allclose(ours.numpy(), expected, rtol=1e-10)
 
 
-@pytest.mark.parametrize("queries, scores", [(64, 1 << 17), (2, 1 << 17), (3, 40), (1, 1)])
-@pytest.mark.parametrize("T, M, window", [
-    (1, 0, None), (1, 4, None), (5, 0, None), (5, 3, None), (5, 7, 7), (6, 2, 2)])
+@pytest.mark.parametrize("queries, scores", [(64, 1 << 17), (2, 1 << 17), (3, 40), (1, 1)],
+                         ids=["one block", "blocks of two queries", "small blocks", "tiny blocks"])
+@pytest.mark.parametrize("T, M, window", shapes(
+    (1, 0, None), (1, 4, None), (5, 0, None), (5, 3, None), (5, 7, 7), (6, 2, 2)))
 def test_attention_in_one_operation_is_attention_step_by_step(
         T, M, window, queries, scores, monkeypatch):
     """Value and every gradient, whatever the blocks: all at once, few queries, few heads and
@@ -181,7 +192,7 @@ def test_scores_too_large_for_exp_are_no_matter():
     numpy.testing.assert_allclose(out.numpy(), numpy.full((1, 3, 2), 60.0))
 
 
-@pytest.mark.parametrize("clamp_len", [11, 3])
+@pytest.mark.parametrize("clamp_len", [11, 3], ids="clamp_len {}".format)
 def test_learned_positions_filled_from_the_sinusoids_are_the_sinusoids(clamp_len):
     """table[distance] = R[distance] W_r and bias[distance] = v . table[distance] give the
     paper's model exactly."""
@@ -235,6 +246,14 @@ def test_attention_weights_are_scaled_by_the_square_root_of_the_head_width():
                     txl.hidden_keys(3, 0))
     weights = softmax(Tensor(xp.asarray(x[0, 2] @ x[0].T / 2))).numpy()
     numpy.testing.assert_allclose(out.numpy()[0, 2], weights @ x[0], rtol=1e-12)
+
+
+def test_attention_without_positions_says_what_it_got_instead():
+    config = txl.Config(5, n_layer=1, n_head=1, d_model=4)
+    for Attention in (txl.RelativeMultiHeadAttention, txl.FasterAttention):
+        with pytest.raises(TypeError, match="numbers expected, not None"):
+            Attention(config, RNG(0), numpy.float64)(xp.ones((1, 3, 4)), xp.ones((1, 0, 4)), None,
+                                                     txl.hidden_keys(3, 0))
 
 
 # %% The layer, sublayer by sublayer

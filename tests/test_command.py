@@ -1,5 +1,6 @@
 """The command as a process, on a small text: what it prints, writes and returns."""
 import csv
+import hashlib
 import json
 import math
 import os
@@ -61,22 +62,28 @@ def test_it_says_which_corpus_logs_every_few_steps_and_ends_with_three_figures(f
     _, out = finished
     assert f"corpus: text, {len(TEXT):,} characters, {len(set(TEXT))} different" in out
     for step in (5, 10, 15, 20, 25, 30):
-        assert re.search(rf"^step +{step}/30  loss \d\.\d+ .* lr \d.*norm \d.*tokens/s.*left$",
-                         out, re.M), step
+        assert re.search(rf"^step +{step}/30  loss \d\.\d+  .*\d left  [\d,]+ chars/s", out,
+                         re.M), step
     assert len(re.findall(r"  val \d\.\d+", out)) == 3
     nats, bits, perplexity = map(float, re.search(
-        r"validation loss (\S+) nats, (\S+) bits per character, perplexity (\S+) after 30 steps",
-        out).groups())
+        r"validation loss (\S+) nats, (\S+) bits per character, perplexity (\S+)\n"
+        "after 30 steps, 0:", out).groups())
     assert bits == pytest.approx(nats / math.log(2), abs=1e-3)
     assert perplexity == pytest.approx(math.exp(nats), rel=1e-3)
     assert nats < 2.8 < math.log(len(set(TEXT)))
     assert "\r" not in out and "\x1b" not in out
 
 
+def test_log_lines_and_help_fit_a_terminal_of_80_columns(folder, finished):
+    _, out = finished
+    help = run(folder, "--help", env={**os.environ, "COLUMNS": "80"}).stdout
+    assert max(map(len, (out + help).splitlines())) <= 80
+
+
 def test_it_leaves_a_log_the_configuration_and_two_checkpoints(finished):
     path, _ = finished
     names = sorted(file.name for file in path.iterdir())
-    assert names == ["best.npz", "checkpoint.npz", "config.json", "log.csv"]
+    assert names == [".lock", "best.npz", "checkpoint.npz", "config.json", "log.csv"]
     with open(path / "log.csv") as file:
         rows = list(csv.DictReader(file))
     assert [int(row["step"]) for row in rows] == [5, 10, 15, 20, 25, 30]
@@ -215,7 +222,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_intact_and_says_so(folder):
     assert "the one before it is intact" in answer.stderr
     assert (folder / "full" / "checkpoint.npz").read_bytes() == before
     names = sorted(file.name for file in (folder / "full").iterdir())
-    assert names == ["best.npz", "checkpoint.npz", "config.json", "log.csv"]
+    assert names == [".lock", "best.npz", "checkpoint.npz", "config.json", "log.csv"]
     run(folder, "--data", "text", "--out", "full", "--resume", "--steps", "20")
 
 
@@ -227,6 +234,129 @@ def test_output_that_cannot_be_written_does_not_end_training(folder):
              *SMALL],
             cwd=folder, stdout=full, stderr=subprocess.PIPE, timeout=60)
     assert done.returncode == 0 and (folder / "unheard" / "best.npz").exists()
+
+
+def test_a_log_that_cannot_be_written_costs_a_note_and_not_the_run(folder):
+    """Another program may have it open; here a directory stands in its place."""
+    (folder / "no-log").mkdir()
+    trained(folder, "no-log", 5)
+    (folder / "no-log" / "log.csv").unlink()
+    (folder / "no-log" / "log.csv").mkdir()
+    out = run(folder, "--data", "text", "--out", "no-log", "--resume", "--steps", "20").stdout
+    assert out.count("cannot write no-log/log.csv") == 1 and "training goes on" in out
+    meta = json.loads(arrays(folder / "no-log" / "checkpoint.npz")["meta"].item())
+    assert meta["step"] == 20 and len(meta["log"]) == 4
+
+
+def test_a_second_run_in_the_same_directory_is_refused(folder):
+    first = subprocess.Popen(
+        [sys.executable, str(SCRIPT), "--data", "text", "--out", "shared", "--steps", "100000",
+         *SMALL], cwd=folder, stdout=subprocess.PIPE, text=True)
+    for line in first.stdout:
+        if line.startswith("step    10/"):
+            break
+    for option in ("--resume", "--overwrite"):
+        answer = run(folder, "--data", "text", "--out", "shared", option, status=1).stderr
+        assert "another process is training in shared" in answer
+    first.kill()
+    first.wait()
+    first.stdout.close()
+    trained(folder, "shared", 5, "--overwrite")         # the lock ended with its process
+
+
+def test_without_shared_memory_files_it_trains_all_the_same(folder):
+    """Small containers have no /dev/shm."""
+    done = subprocess.run(
+        [sys.executable, "-c", "import os, sys\n"
+         "for name in ('statvfs', 'open'):\n"
+         "    def missing(path, *more, true=getattr(os, name), **options):\n"
+         "        if str(path).startswith('/dev/shm'): raise FileNotFoundError(2, 'gone', path)\n"
+         "        return true(path, *more, **options)\n"
+         "    setattr(os, name, missing)\n"
+         f"sys.path.insert(0, {str(SCRIPT.parent)!r})\n"
+         "import train_shakespeare\n"
+         f"sys.exit(train_shakespeare.main({['--data', 'text', '--out', 'no-shm', *SMALL]!r} + "
+         "['--steps', '5']))"], cwd=folder, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_file_that_waits_under_the_temporary_name_is_replaced_and_not_followed(folder):
+    (folder / "linked").mkdir()
+    (folder / "precious").write_text("mine")
+    for name in ("best.npz", "checkpoint.npz", "log.csv", "config.json"):
+        (folder / "linked" / f".{name}.tmp").symlink_to(folder / "precious")
+    trained(folder, "linked", 5)
+    assert (folder / "precious").read_text() == "mine"
+    (folder / "lock-linked").mkdir()
+    (folder / "lock-linked" / ".lock").symlink_to(folder / "precious")
+    assert "cannot write to lock-linked" in trained(folder, "lock-linked", 5, status=1).stderr
+
+
+@pytest.mark.parametrize("option", ["-P", "-I"])
+def test_it_finds_its_modules_however_python_was_told_to_look_for_them(folder, finished, option):
+    if option == "-P" and sys.version_info < (3, 11):
+        pytest.skip("Python 3.10 has no -P")
+    done = subprocess.run([sys.executable, option, str(SCRIPT), "--out", "run", "--generate", "C",
+                           "--length", "1"], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0 and len(done.stdout) == 3, done.stderr
+
+
+def test_ctrl_c_in_the_last_evaluation_says_that_it_is_missing(folder, monkeypatch, capsys):
+    """From Python: main returns, and the handlers of signals are those of before."""
+    import train_shakespeare as command
+    handlers = [signal.getsignal(which) for which in (signal.SIGINT, signal.SIGTERM)]
+
+    def interrupted(*arguments):
+        signal.raise_signal(signal.SIGINT)
+        return math.nan
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(command, "evaluate", interrupted)
+    options = ["--data", "text", "--out", "last", *SMALL, "--steps", "3", "--threads", "1"]
+    assert command.main(options) == 130
+    assert "stopped at step 3 of 3, before its evaluation: --resume" in capsys.readouterr().out
+    monkeypatch.undo()
+    assert handlers == [signal.getsignal(which) for which in (signal.SIGINT, signal.SIGTERM)]
+    assert "validation loss" in run(folder, "--data", "text", "--out", "last", "--resume").stdout
+
+
+def test_generation_interrupted_from_python_returns_130(folder, finished, monkeypatch, capsys):
+    import train_shakespeare as command
+
+    def interrupted(*arguments):
+        yield 1
+        signal.raise_signal(signal.SIGINT)
+    monkeypatch.setattr(command, "generate", interrupted)
+    assert command.main(["--out", str(folder / "run"), "--generate", "C"]) == 130
+    assert capsys.readouterr().out == "C" + sorted(set(TEXT))[1] + "\n"
+
+
+def test_sigterm_while_pip_downloads_ends_pip_and_leaves_nothing_behind(folder, tmp_path):
+    """pip is a program that writes down its process number and never answers."""
+    (tmp_path / "pip").mkdir()
+    (tmp_path / "pip" / "__init__.py").touch()
+    (tmp_path / "pip" / "__main__.py").write_text(
+        f"import os, time\nopen({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\n"
+        "time.sleep(60)")
+    (tmp_path / "tmp").mkdir()
+    program = ("import sys, train_shakespeare as command\n"
+               f"command.HERE = command.pathlib.Path({str(tmp_path)!r})\n"
+               "def unreachable(): raise command.Failure('no network')\n"
+               "command.download_tiny_shakespeare = unreachable\n"
+               "sys.exit(command.main(['--out', 'unused']))")
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], cwd=folder, env={
+            **os.environ, "TMPDIR": str(tmp_path / "tmp"),
+            "PYTHONPATH": f"{tmp_path}{os.pathsep}{SCRIPT.parent}"})
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.terminate()
+    assert process.wait(timeout=20) == 143
+    with pytest.raises(ProcessLookupError):
+        for _ in range(500):                            # until the system has cleared it away
+            os.kill(int((tmp_path / "pid").read_text()), 0)
+            time.sleep(0.01)
+    assert not list((tmp_path / "tmp").iterdir())
 
 
 def test_a_name_of_two_lines_is_told_in_one(folder):
@@ -254,7 +384,8 @@ def test_a_finished_run_is_resumed_only_for_more_steps(folder, finished):
 
 
 def test_without_memory_it_trains_and_evaluates_too(folder):
-    assert "memory 0; run in" in trained(folder, "no-memory", 5, "--mem-len", "0").stdout
+    out = trained(folder, "no-memory", 5, "--mem-len", "0").stdout
+    assert "characters a step, memory 0\n" in out
     answer = run(folder, "--data", "text", "--out", "no-memory", "--eval").stdout
     assert [line.split()[0] for line in answer.splitlines()[2:]] == ["0"]
 
@@ -364,20 +495,82 @@ def test_generate_continues_the_text_and_repeats_with_the_seed(folder, finished)
             == text("--temperature", "1e-320"))
 
 
+def test_eval_without_data_refuses_the_usual_text_for_a_run_on_another(folder, finished,
+                                                                       monkeypatch, capsys):
+    import train_shakespeare as command
+    usual = TEXT.upper().encode()
+    monkeypatch.setattr(command, "tiny_shakespeare", lambda: usual)
+    monkeypatch.setitem(command.TINY, "sha256", hashlib.sha256(usual).hexdigest())
+    assert command.main(["--out", str(folder / "run"), "--eval"]) == 2
+    assert "reads text (SHA-256" in capsys.readouterr().err
+    (folder / "shorter").write_text(TEXT[:-500])
+    done = run(folder, "--data", "shorter", "--out", "run", "--eval")       # named: with a note
+    assert "was trained on text, this is shorter" in done.stderr
+
+
+def test_a_run_is_loaded_with_one_call(folder, finished):
+    from train_shakespeare import encode, load_run
+    from txl import generate
+    for directory in (folder / "run", str(folder / "run")):
+        model, vocabulary = load_run(directory)
+        tokens = generate(model, encode("Citizen", vocabulary), 20, temperature=0)
+        text = "".join(vocabulary[token] for token in tokens)
+        printed = run(folder, "--out", "run", "--generate", "Citizen", "--length", "20",
+                      "--temperature", "0").stdout
+        assert printed == "Citizen" + text + "\n"
+
+
+def test_weights_that_are_finite_but_useless_give_an_error_or_short_figures(folder, finished):
+    """1e30 times 1e30: the loss is not finite. 1e20 in b_out: it is, and absurd."""
+    for name, change, status in (
+            ("nonsense", {"norm.gain": 1e30, "W_out": 1e30}, 1),
+            ("absurd", {"b_out": numpy.linspace(0, 1e20, len(set(TEXT)))}, 0)):
+        state = arrays(folder / "run" / "best.npz")
+        for parameter, value in change.items():
+            state["parameters/" + parameter][...] = value
+        (folder / name).mkdir()
+        with open(folder / name / "best.npz", "wb") as file:
+            numpy.savez(file, **state)
+        done = run(folder, "--data", "text", "--out", name, "--eval", status=status)
+        assert "e+19" in done.stdout if status == 0 else "not finite" in done.stderr
+        assert max(map(len, done.stdout.splitlines())) <= 80
+    assert "not finite" in run(folder, "--out", "nonsense", "--generate", "C", status=1).stderr
+
+
 def test_eval_on_a_text_with_characters_the_model_never_saw_is_one_line(folder, finished):
     (folder / "strange").write_text(TEXT + "ü")
     answer = run(folder, "--data", "strange", "--out", "run", "--eval", status=2)
     assert "never saw 'ü'" in answer.stderr
 
 
-def test_the_last_line_names_a_prompt_that_the_model_can_read(folder, finished):
+@pytest.mark.parametrize("text, prompt", [
+    (TEXT, "Citizen 0:"), ("\ufeff\n \n" + TEXT, "Citizen 0:"),
+    ("import os\r\n\r\nprint('\x1b[31m')\r\n" * 100, "import os"),
+    ("a sentence that is longer than a prompt needs to be. " * 50, "a sentence that is"),
+    ("🙂🙃\n" * 900, "🙂🙃"), ("\x00\x01\x01\x00" * 900, "\x01")],
+    ids=["Shakespeare", "byte order mark", "code", "one long line", "emoji", "nothing to show"])
+def test_the_last_line_proposes_the_texts_first_words_as_a_prompt(text, prompt):
+    import train_shakespeare as command
+
+    class Run:
+        vocabulary = "".join(sorted(set(text.removeprefix("\ufeff"))))
+        streams = command.argparse.Namespace(
+            tokens=command.encode(text.removeprefix("\ufeff"), vocabulary))
+    assert command.first_words(Run) == prompt
+
+
+def test_the_last_line_is_a_command_that_runs(folder, finished):
     _, out = finished
-    (folder / "lower").write_text(TEXT.lower())
-    done = run(folder, "--data", "lower", "--out", "lowercase", "--steps", "2", *SMALL).stdout
-    for name, text in (("run", out), ("lowercase", done)):
-        words = shlex.split(text.splitlines()[-1])
-        prompt = words[words.index("--generate") + 1]
-        run(folder, "--out", name, "--generate", prompt, "--length", "1")
+    words = shlex.split(out.splitlines()[-1].split(": ", 1)[1])
+    done = subprocess.run([sys.executable, str(SCRIPT), *words[2:], "--length", "5"], cwd=folder,
+                          capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("Citizen 0:")
+
+
+def test_control_characters_of_a_text_do_not_reach_the_terminal_with_a_sample(folder):
+    (folder / "control").write_bytes("a\r\n\x1b[2J\x9b".encode() * 600)
+    out = run(folder, "--data", "control", "--out", "control-run", "--steps", "20", *SMALL).stdout
+    assert "[2J" in out and not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", out)
 
 
 def test_generate_lists_characters_the_model_never_saw(folder, finished):
@@ -386,7 +579,7 @@ def test_generate_lists_characters_the_model_never_saw(folder, finished):
     assert "never saw" in run(folder, "--out", "run", "--generate", b"\xff", status=2).stderr
 
 
-def test_plot_draws_two_pictures_or_says_that_matplotlib_is_missing(folder, finished):
+def test_plot_draws_three_pictures_or_says_that_matplotlib_is_missing(folder, finished):
     environment = dict(os.environ, PYTHONPATH=str(folder / "without"))
     (folder / "without").mkdir()
     (folder / "without" / "matplotlib.py").write_text("raise ImportError")
@@ -397,7 +590,7 @@ def test_plot_draws_two_pictures_or_says_that_matplotlib_is_missing(folder, fini
     except ImportError:
         return          # the sentence above is then all there is to test
     run(folder, "--data", "text", "--out", "run", "--plot")
-    for picture in ("loss.png", "attention.png"):
+    for picture in ("loss.png", "attention.png", "line.png"):
         assert (folder / "run" / picture).read_bytes().startswith(b"\x89PNG")
         (folder / "run" / picture).unlink()
 
@@ -423,6 +616,11 @@ def test_plot_draws_two_pictures_or_says_that_matplotlib_is_missing(folder, fini
     (["--data", "nowhere"], 1, "cannot read nowhere: No such file"),
     (["--data", "."], 1, "is a directory"),
     (["--data", "single"], 1, "single symbol"),
+    (["--data", "/dev/zero"], 1, "/dev/zero is no regular file"),
+    (["--data", "fifo"], 1, "fifo is no regular file"),
+    (["--data", ""], 2, "--data: a name is needed"),
+    (["--out", ""], 2, "--out: a name is needed"),
+    (["--d-model", "65536", "--d-ff", "262144", "--n-layer", "1000"], 2, "lower --batch-size"),
     (["--out", "text"], 1, "cannot write to text"),
     (["--out", "/proc/self/fd"], 1, "cannot write to /proc/self/fd"),
     (["--out", "two\nlines" + 300 * "."], 1, "name too long"),
@@ -433,6 +631,8 @@ def test_plot_draws_two_pictures_or_says_that_matplotlib_is_missing(folder, fini
 ])
 def test_bad_input_gets_one_line_that_names_it(folder, arguments, status, message):
     (folder / "single").write_text("a" * 5000)
+    if not (folder / "fifo").exists():
+        os.mkfifo(folder / "fifo")
     (folder / "garbage").mkdir(exist_ok=True)
     (folder / "garbage" / "checkpoint.npz").write_bytes(b"PK\x03\x04 not really")
     data = [] if "--data" in arguments else ["--data", "text"]
@@ -509,6 +709,28 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(f
                  status=1, env={**os.environ, "PYTHONWARNINGS": "ignore"}).stderr
     assert "not finite at step 15" in answer and "lower --lr" in answer
     assert (folder / "diverged" / "checkpoint.npz").read_bytes() == before
+
+
+def test_a_run_that_diverges_is_told_which_option_to_lower(folder):
+    for option, value in (("--lr", "1e39"), ("--weight-decay", "1e308")):
+        answer = run(folder, "--data", "text", "--out", "infinite" + option, *SMALL,
+                     "--steps", "1", option, value, status=1).stderr
+        assert f"lower {option} than" in answer
+
+
+def test_an_error_repeats_little_of_a_long_file(folder, finished):
+    for name, change in (("long-error", {"log": "x" * 100_000}), ("long-key", {"vocabulary": ""})):
+        state = arrays(folder / "run" / "checkpoint.npz")
+        meta = {**json.loads(state["meta"].item()), **change, "settings": {"x" * 100_000: 1}}
+        state["meta"] = numpy.array(json.dumps(meta))
+        (folder / name).mkdir()
+        with open(folder / name / "checkpoint.npz", "wb") as file:
+            numpy.savez(file, **state)
+        answer = run(folder, "--data", "text", "--out", name, "--resume", status=1).stderr
+        assert len(answer) < 1100
+    (folder / "many").write_text("".join(map(chr, range(256, 50_000))) * 2)
+    answer = run(folder, "--data", "many", "--out", "run", "--eval", status=2).stderr
+    assert "never saw" in answer and len(answer) < 1100
 
 
 def test_weights_that_are_not_finite_are_not_saved(folder):

@@ -154,6 +154,12 @@ def test_line_ends_and_nul_bytes_are_read_as_they_are(tmp_path):
     assert corpus["sha256"] == hashlib.sha256(b"a\r\nb\0c").hexdigest()
 
 
+def test_a_byte_order_mark_is_not_part_of_the_text(tmp_path):
+    (tmp_path / "text").write_bytes(b"\xef\xbb\xbfab")
+    text, corpus = command.find_corpus(tmp_path / "text")
+    assert text == "ab" and corpus["characters"] == 2
+
+
 @pytest.fixture
 def offline(tmp_path, monkeypatch):
     """An empty data folder, no network, no pip; returns the folder of the project."""

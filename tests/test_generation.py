@@ -78,6 +78,25 @@ def test_a_seed_repeats_the_text_and_another_seed_does_not(model):
     assert list(txl.generate(model, [0], 30)) == list(txl.generate(model, [0], 30))
 
 
+def test_a_long_prompt_is_read_in_segments_of_at_most_256_whatever_the_memory(model, monkeypatch):
+    """Attention's scores would otherwise grow with the square of the prompt."""
+    widths, forward = [], type(model).__call__
+
+    def watched(self, tokens, *more, **options):
+        widths.append(tokens.shape[1])
+        return forward(self, tokens, *more, **options)
+    monkeypatch.setattr(type(model), "__call__", watched)
+    next(txl.generate(model, [1] * 600, 1, mem_len=10**6))
+    assert widths == [256, 256, 88]
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+@pytest.mark.parametrize("wrong", [numpy.nan, numpy.inf, -numpy.inf])
+def test_logits_that_are_not_finite_are_an_error(wrong, temperature):
+    with pytest.raises(FloatingPointError, match="not finite"):
+        txl.sample(numpy.array([0.0, wrong]), temperature, None, None, RNG(0))
+
+
 def test_an_empty_prompt_is_an_error(model):
     with pytest.raises(ValueError, match="non-empty"):
         next(txl.generate(model, [], 3))

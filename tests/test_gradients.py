@@ -192,6 +192,8 @@ def cases():
     yield "softmax", "no rows", a("softmax"), [(0, 3)]
     yield "log_softmax", "rows", a("log_softmax"), [(3, 4)]
     yield "log_softmax", "batch of sequences", a("log_softmax"), [(2, 3, 4)]
+    for shape in [(1, 1), (1, 4), (3, 3), (3, 5), (2, 2, 4, 6)]:
+        yield "rel_shift", " x ".join(map(str, shape)), txl.rel_shift, [shape]
     yield "log_softmax", "large numbers", lambda x: a("log_softmax")(x * 1000), [(2, 3)]
     targets = numpy.array([[0, 3, 3], [1, 0, 2]])
     yield ("cross_entropy", "batch of sequences",
@@ -489,8 +491,3 @@ def test_part_of_the_model(part, positions, memory_len):
               layer.feed_forward if part == "feed-forward" else layer)
     arguments = (x,) if part == "feed-forward" else (x, memory, where, mask)
     check_gradients(lambda *_: module(*arguments), {"x": x, **dict(txl.named_tensors(module))})
-
-
-@pytest.mark.parametrize("shape", [(1, 1), (1, 4), (3, 3), (3, 5), (2, 2, 4, 6)], ids=str)
-def test_relative_shift(shape):
-    check_gradients(txl.rel_shift, tensors([shape]))

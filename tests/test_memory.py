@@ -256,7 +256,7 @@ def test_a_wrong_configuration_names_the_field(wrong, message):
 
 def test_a_call_with_wrong_shapes_says_what_is_expected():
     model = model_of({})
-    message = r"tokens must be integers \[batch, seq_len\], not float64\[2, 3\]"
+    message = r"tokens must be integers \[batch, seq_len\] and not empty, not float64\[2, 3\]"
     with pytest.raises(ValueError, match=message):
         model(xp.ones((2, 3)))
     with pytest.raises(ValueError, match="memory must be 3 arrays"):
@@ -272,6 +272,19 @@ def test_a_token_that_is_none_is_an_error(wrong):
                     lambda: list(txl.generate(model, [1, wrong], 2))):
         with pytest.raises(IndexError, match=f"{wrong} is not one of 0 … 10"):
             compute()
+
+
+@pytest.mark.parametrize("shape", [(2, 0), (0, 3)])
+def test_a_call_without_a_token_is_an_error(shape):
+    with pytest.raises(ValueError, match="not empty"):
+        model_of({})(numpy.zeros(shape, int))
+
+
+def test_a_model_shown_tells_its_sizes_and_how_many_numbers_it_learns():
+    shown = repr(model_of({}))
+    assert all(part in shown for part in (
+        f"{model_of({}).config.parameter_count():,} parameters, float64", "3 layers", "2 heads",
+        "width 8", "vocabulary 11", "memory 5", "sinusoid", "pre-norm"))
 
 
 def test_a_seed_means_one_model_and_float32_and_float64_agree():

@@ -43,6 +43,57 @@ def test_an_array_on_the_left_of_an_operator_leaves_the_work_to_the_tensor():
         assert isinstance(y, Tensor) and y.requires_grad and y.dtype == numpy.float64
 
 
+def test_comparisons_are_numpys_and_select_with_where_and_index():
+    a = numpy.array([[0.0, -2.0], [3.0, 0.0]])
+    x = leaf(a)
+    for ours, expected in [(x == 0, a == 0), (x != 0, a != 0), (x < 1, a < 1), (x <= 0, a <= 0),
+                           (x > 0, a > 0), (0 >= x, 0 >= a), (x == x.detach(), a == a),
+                           (xp.zeros(2) == x, a == 0)]:
+        assert ours.dtype == bool and not ours.requires_grad
+        numpy.testing.assert_array_equal(ours.numpy(), expected)
+    y = autograd.where(x == 0, 9.0, x)
+    assert y.numpy().tolist() == [[9, -2], [3, 9]] and x[x > 0].numpy().tolist() == [3]
+    y.sum().backward()
+    assert to_numpy(x.grad).tolist() == [[0, 1], [1, 0]]
+
+
+def test_a_tensor_of_one_number_is_a_number_to_python_and_one_of_several_is_not():
+    x, several = leaf(2.5), leaf([1.0, 2.0])
+    assert float(x) == 2.5 and int(x) == 2 and bool(x) and not leaf([0.0]) and f"{x:.2f}" == "2.50"
+    assert f"{several}" == repr(several)
+    for use in (float, int, bool, "{:.2f}".format):
+        with pytest.raises(ValueError):
+            use(several)
+
+
+def test_rows_of_a_tensor_can_be_walked_over_and_a_number_has_none():
+    x = leaf([[1.0, 2.0], [3.0, 4.0]])
+    first, second = x
+    (first * second).sum().backward()
+    assert to_numpy(x.grad).tolist() == [[3, 4], [1, 2]]
+    with pytest.raises(TypeError):
+        list(leaf(1.0))
+
+
+def test_a_tensor_as_a_key_is_itself_whatever_its_values():
+    x, y = leaf([1.0]), leaf([1.0])
+    assert {x: "x", y: "y"}[y] == "y" and len({x, y, x}) == 2
+
+
+@pytest.mark.parametrize("use", [numpy.asarray, lambda x: numpy.array([x, x]), numpy.vstack,
+                                 lambda x: numpy.zeros((1, 2)).__setitem__(0, x)])
+def test_numpy_does_not_take_a_tensor_for_an_array(use):
+    with pytest.raises(TypeError, match=r"\.numpy\(\), or \.data .* \.item\(\)"):
+        use(leaf([[1.0, 2.0]]))
+
+
+def test_importing_everything_leaves_pythons_own_functions():
+    names = {}
+    exec("from autograd import *", names)
+    assert "sum" not in names and "max" not in names
+    assert {"Tensor", "softmax", "check_gradients", "where", "no_grad"} < names.keys()
+
+
 @pytest.mark.parametrize("dtype", [numpy.float32, numpy.float64])
 def test_a_float_dtype_survives_numbers_and_integers(dtype):
     x = leaf([1.0, 2.0], dtype)
@@ -306,6 +357,7 @@ def test_no_grad_in_one_thread_does_not_reach_another():
 
 def test_stop_gradient_and_detach_keep_the_value_and_drop_the_history():
     x = leaf([1.0, 3.0])
+    assert stop_gradient([1.0, 2.0]).numpy().tolist() == [1, 2]
     for stop in (stop_gradient, Tensor.detach):
         x.grad = None
         y = x * x
@@ -355,6 +407,9 @@ def test_backward_without_anything_to_differentiate():
     (ValueError, r"reshape\(float64\[3\], \(2, 2\)\)", lambda: leaf([1, 2, 3]).reshape(2, 2)),
     (ValueError, r"concatenate\(\[float64\[1, 2\], float64\[1, 3\]\]\)",
      lambda: autograd.concatenate([leaf([[1, 2]]), leaf([[1, 2, 3]])])),
+    (TypeError, r"add\(float64\[2\], None\): numbers expected, not None",
+     lambda: leaf([1, 2]) + None),
+    (TypeError, r"matmul\('a', float64\[2\]\): numbers expected", lambda: "a" @ leaf([1, 2])),
     (IndexError, r"index\(float64\[2\], 5\)", lambda: leaf([1, 2])[5]),
     (IndexError, r"sum\(float64\[2\]\)", lambda: leaf([1, 2]).sum(axis=1)),
     (TypeError, r"embedding\(float64\[2, 2\], float64\[1\]\).*integers",

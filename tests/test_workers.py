@@ -6,6 +6,7 @@ import signal
 import numpy
 import pytest
 
+import backend
 from autograd import Tensor, leaf_gradients, tanh, to_numpy, xp
 from backend import DeviceError, Workers, row_parts, shared_zeros
 
@@ -91,6 +92,17 @@ def test_rows_are_divided_evenly_and_where_there_is_no_fork_not_at_all(monkeypat
     assert row_parts(7, 3) == [slice(0, 7)]
     with pytest.raises(ValueError, match="only one part"):
         Workers(range(2), [])
+
+
+@pytest.mark.parametrize("quota, cores", [
+    ("max 100000", 4), ("200000 100000", 2), ("150000 100000", 2), ("10000 100000", 1),
+    ("9900000 100000", 4), ("nonsense", 4), (None, 4)], ids=str)
+def test_the_quota_of_a_container_limits_the_cores(quota, cores, tmp_path, monkeypatch):
+    monkeypatch.setattr(backend.os, "sched_getaffinity", lambda _: range(4), raising=False)
+    monkeypatch.setattr(backend, "CPU_QUOTA", tmp_path / "cpu.max")
+    if quota is not None:
+        (tmp_path / "cpu.max").write_text(quota + "\n")
+    assert backend.core_count() == cores
 
 
 def test_workers_do_not_mind_signals_meant_for_the_first_process():
