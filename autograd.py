@@ -607,7 +607,18 @@ def _no_array(self, *_, **__):
                     "device, or .item() for a single one")
 
 
-Tensor.__array__ = _no_array
+Tensor.__array__ = Tensor.__array_function__ = _no_array
+
+
+def _deepcopy(self, memo):
+    if self._node:                      # the graph would be copied, with the leaves it leads to
+        raise TypeError("copy.deepcopy: this Tensor was computed from others; copy .detach()")
+    copy = Tensor(self.data.copy(), self.requires_grad)
+    copy.grad = None if self.grad is None else self.grad.copy()
+    return memo.setdefault(id(self), copy)
+
+
+Tensor.__deepcopy__ = _deepcopy
 Tensor.sum, Tensor.mean, Tensor.max = sum, mean, max
 Tensor.swapaxes, Tensor.astype = swapaxes, astype
 Tensor.reshape = lambda self, *shape: reshape(self, _shape_given(shape))

@@ -706,6 +706,11 @@ def row_parts(batch_size, threads):
     return [slice(*edge) for edge in zip(edges, edges[1:])]
 
 
+# Ctrl-C, a request to end, and a terminal that was closed.
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
+                if hasattr(signal, name)]
+
+
 class Workers(contextlib.AbstractContextManager):
     """Calls a function for several parts at once: the first part here, each other in a process.
 
@@ -740,7 +745,7 @@ class Workers(contextlib.AbstractContextManager):
 
     def _serve(self, part, pipe):
         """The life of a process: answer until the pipe is closed at the other end."""
-        for which in (signal.SIGINT, signal.SIGTERM):
+        for which in STOP_SIGNALS:
             signal.signal(which, signal.SIG_IGN)    # meant for the first process
         for other in self.pipes:            # copied by fork: while one is open here,
             other.close()                   # a pipe would never look closed

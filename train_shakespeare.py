@@ -12,10 +12,11 @@
 A run lives in one directory (--out): checkpoint.npz (the latest state),
 best.npz (the lowest validation loss, with the averaged weights), log.csv,
 config.json. Exit status: 0 done, 1 failed, 2 bad arguments, 130 or 143 after
-Ctrl-C or SIGTERM. While training the first signal writes the checkpoint; the
-second ends at once.
+Ctrl-C or SIGTERM. While training the first signal (also that of a closed
+terminal) writes the checkpoint; the second ends at once.
 
-From Python: model, vocabulary = load_run("runs/shakespeare")
+From Python: train(options(steps=500, out="runs/mine")) and then
+model, vocabulary = load_run("runs/mine").
 """
 # 1. the loop   2. streams   3. evaluation   4. what a run reports   5. files   6. the corpus
 # 7. what a finished run is good for   8. the command line   9. main
@@ -28,7 +29,9 @@ import sys
 
 AS_COMMAND = __name__ == "__main__" and "get_ipython" not in globals()  # not as notebook cells
 if AS_COMMAND:
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))      # no traceback of an import
+    on_ctrl_c = signal.getsignal(signal.SIGINT)
+    if on_ctrl_c != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, lambda *_: os._exit(130))      # no traceback of an import
     # `python -P` and `-I` do not look for modules beside the file.
     sys.path.append(os.path.dirname(os.path.abspath(sys.argv[0])))
 if sys.platform.startswith("linux"):        # there --threads divides the batch; see backend.py
@@ -52,15 +55,16 @@ import tempfile
 import threading
 import time
 import urllib.request
+import warnings
 import zipfile
 
 import numpy
 
 import txl
 from autograd import leaf_gradients, log_softmax, no_grad
-from backend import (DeviceError, Workers, computing_on, core_count, keep_freed_memory,
-                     random_generator, row_parts, shared_zeros, to_numpy, use_device,
-                     what_a_gpu_says, xp)
+from backend import (STOP_SIGNALS, DeviceError, Workers, computing_on, core_count,
+                     keep_freed_memory, random_generator, row_parts, shared_zeros, to_numpy,
+                     use_device, what_a_gpu_says, xp)
 from txl import (Config, DividedAdam, TransformerXL, attention_by_distance, attention_weights,
                  generate, loss_and_memory, warmup_cosine)
 
@@ -91,20 +95,28 @@ class State:
 LOG = ("step", "loss", "val_loss", "lr", "grad_norm", "tokens_per_s", "seconds")
 
 
-def train(args):
-    """Train until --steps, or until asked to stop; returns the exit status."""
-    run = Run(args)                                         # new, or resumed
+def train(args, watch=None):
+    """Train until --steps, or until asked to stop; returns the exit status.
+
+    args    what `options` returns
+    watch   called with the Run after each report
+    """
+    with only_run_in(args.out):
+        return learn(Run(args), watch)                      # a new run, or a resumed one
+
+
+def learn(run, watch):
     state, adam, steps = run.state, run.adam, run.settings["steps"]
     if run.finished():
-        print(f"the run in {args.out} is at step {state.step} already; "
+        print(f"the run in {run.out} is at step {state.step} already; "
               "--steps N with a larger N trains on")
         return 0
     functions = [run.loss_and_gradients, run.memory_of, adam.add_up, adam.update_share]
-    with (only_run_in(args.out), stop_on_signals() as stop,     # stop: true after Ctrl-C
+    with (stop_on_signals() as stop,                        # true after Ctrl-C
           Workers(range(len(run.rows)), functions) as workers):
         begin(run, stop)
         while not stop:
-            report(run, workers)            # what is due: a log line, an evaluation, …
+            report(run, workers, watch)     # what is due: a log line, an evaluation, …
             if stop or state.step == steps:
                 break
             losses = workers(run.loss_and_gradients, state.step)
@@ -126,10 +138,9 @@ class Run:
 
     def __init__(self, args):
         """A new run, or with --resume the one in --out."""
+        prepare(args)
         settings, meta, arrays = new_or_resumed(args)
-        text, corpus = find_corpus(args.data)
-        if meta and meta["corpus"]["sha256"] != corpus["sha256"]:
-            raise another_text(args, meta, corpus)
+        text, corpus = find_text(args, meta)
         self.out, self.threads, self.settings = args.out, args.threads, settings
         self.resumed = args.resume
         self.vocabulary = "".join(sorted(set(text)))
@@ -300,7 +311,7 @@ def evaluate(model, tokens, batch_size, seq_len, mem_len, threads, stop=False):
 # %% 4. What a run reports
 def begin(run, stop):
     """Make the run's directory ready, and say what is trained on what."""
-    run.stop, run.log_fails = stop, False
+    run.stop, run.log_fails, run.sample = stop, False, ""
     try:
         if not run.resumed:
             for name in OF_A_RUN:                           # what --overwrite replaces
@@ -320,7 +331,7 @@ def begin(run, stop):
     run.began = run.reported - run.state.seconds    # when it would have begun without a break
 
 
-def report(run, workers):
+def report(run, workers, watch=None):
     """What is due: an entry of the log; now and then also an evaluation, a checkpoint, a sample.
 
     It is called before the next step. So an evaluation that was given up is done on
@@ -359,7 +370,10 @@ def report(run, workers):
     if evaluated:
         save_run(run, workers)
         if step < steps and not run.stop:
-            show("    " + visible(sample_text(run)).replace("\n", "\n    "))
+            run.sample = visible(sample_text(run))
+            show("    " + run.sample.replace("\n", "\n    "))
+    if watch:
+        watch(run)
     run.reported, run.reported_step = time.perf_counter(), step
 
 
@@ -439,7 +453,8 @@ def first_words(run):
     """A prompt: the beginning of the text's first line that can be shown."""
     tokens = to_numpy(run.streams.tokens[:1000])
     text = visible("".join(run.vocabulary[token] for token in tokens))
-    line = next((line.strip() for line in text.split("\n") if line.strip()), run.vocabulary[-1])
+    lines = (line.strip(" -") for line in text.split("\n"))     # "-…" would be an option
+    line = next(filter(None, lines), run.vocabulary[-1])
     return line if len(line) <= 20 else line[:20].rsplit(" ", 1)[0]
 
 
@@ -457,24 +472,29 @@ def check_finite(run, what, *values):
 def on_the_first_signal(function):
     """Inside the block the first Ctrl-C or SIGTERM calls function(signal). The second does what
     it would do outside."""
-    here = threading.current_thread() is threading.main_thread()        # others get no signals
-    before = {which: signal.getsignal(which) for which in (signal.SIGINT, signal.SIGTERM)}
-
-    def restore():
-        for which, handler in before.items():
-            signal.signal(which, handler)
+    before = {}
+    if threading.current_thread() is threading.main_thread():           # others get no signals
+        before = {which: signal.getsignal(which) for which in STOP_SIGNALS}
 
     def first(which, frame):
-        restore()
+        for other, handler in before.items():
+            signal.signal(other, handler if callable(handler) else end_at_once)
         function(which)
-    if here:
-        for which in before:
+
+    for which in list(before):
+        if before[which] == signal.SIG_IGN:             # as with nohup
+            del before[which]
+        else:
             signal.signal(which, first)
     try:
         yield
     finally:
-        if here:
-            restore()
+        for which, handler in before.items():
+            signal.signal(which, handler)
+
+
+def end_at_once(which, frame):
+    os._exit(128 + which)
 
 
 @contextlib.contextmanager
@@ -577,6 +597,7 @@ def no_place(directory, error):
 def only_run_in(directory):
     """Make the directory. Failure while another process is inside such a block."""
     try:
+        new = not directory.exists()
         directory.mkdir(parents=True, exist_ok=True)
         lock = os.open(directory / ".lock",
                        os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
@@ -594,6 +615,9 @@ def only_run_in(directory):
         yield
     finally:
         os.close(lock)
+        with contextlib.suppress(OSError):
+            if new and [file.name for file in directory.iterdir()] == [".lock"]:
+                shutil.rmtree(directory)                # nothing came of it
 
 
 def write_whole(path, data):
@@ -793,10 +817,19 @@ def new_or_resumed(args):
     return {**meta["settings"], **given}, meta, arrays
 
 
-def another_text(args, meta, corpus):
-    its = meta["corpus"]
-    return Failure(f"the run in {args.out} reads {its['name']} (SHA-256 {its['sha256'][:12]}…), "
-                   f"not {corpus['name']}; name that text with --data FILE", status=2)
+def find_text(args, meta, another=False):
+    """`find_corpus` for a run. Refused is another text than the run's, but for `another`, where
+    --data names it."""
+    its = meta["corpus"] if meta else None
+    usual = {corpus["sha256"]: corpus for corpus in (TINY, PLAYS)}
+    if meta and args.data is None and its["sha256"] not in usual:
+        corpus = TINY                                   # before it is downloaded
+    else:
+        text, corpus = find_corpus(args.data)
+        if not meta or corpus["sha256"] == its["sha256"] or another and args.data:
+            return text, corpus
+    raise Failure(f"the run in {args.out} reads {its['name']} (SHA-256 {its['sha256'][:12]}…), "
+                  f"not {corpus['name']}; name that text with --data FILE", status=2)
 
 
 def check_size(mode, config, B, T, M, memories=1, copies=1):
@@ -839,10 +872,10 @@ PLAYS_LAST_LINE = "Whiles thou art waking."     # where Tiny Shakespeare ends
 
 def find_corpus(file):
     """The text of `file`, or of Tiny Shakespeare, and {"name", "sha256", "characters"}."""
-    data = tiny_shakespeare() if file is None else read_file(file)
+    data = tiny_shakespeare() if file is None else read_file(pathlib.Path(file))
     digest = hashlib.sha256(data).hexdigest()
     known = {corpus["sha256"]: corpus["name"] for corpus in (TINY, PLAYS)}
-    name = known.get(digest) or one_line(file.name)
+    name = known.get(digest) or one_line(pathlib.Path(file).name)
     try:
         text = data.decode("utf-8").removeprefix("\ufeff")      # a byte order mark
     except UnicodeDecodeError as error:
@@ -962,11 +995,12 @@ def load_run(directory):
 
 def best_model(directory):
     """(meta, model) of best.npz, or else of checkpoint.npz."""
-    paths = [pathlib.Path(directory, name) for name in ("best.npz", "checkpoint.npz")]
+    directory = pathlib.Path(directory).expanduser()
+    paths = [directory / name for name in ("best.npz", "checkpoint.npz")]
     path = next((path for path in paths if path.exists()), None)
     if path is None:
         raise Failure(f"there is no checkpoint in {directory}: train first, or name the run's "
-                      "directory with --out DIR")
+                      "directory (--out DIR)")
     meta, arrays = load(path)
     model = TransformerXL(Config(**meta["model"]))
     restore(model, arrays, path)
@@ -975,6 +1009,7 @@ def best_model(directory):
 
 def trained(args):
     """(meta, model, memory length) of the run in --out."""
+    prepare(args)
     meta, model = best_model(args.out)
     mem_len = first_given(args.eval_mem_len, meta["settings"]["eval_mem_len"],
                           model.config.mem_len)
@@ -983,12 +1018,9 @@ def trained(args):
 
 def held_out_text(args, meta):
     """(corpus, tokens) of the text that the run in --out is evaluated on: its own, or --data."""
-    text, corpus = find_corpus(args.data)
-    other = corpus["sha256"] != meta["corpus"]["sha256"]
-    if other and args.data is None:
-        raise another_text(args, meta, corpus)
+    text, corpus = find_text(args, meta, another=True)
     held_out = split(encode(text, meta["vocabulary"]))[1]
-    if other:
+    if corpus["sha256"] != meta["corpus"]["sha256"]:
         note = (f"note: the run in {args.out} was trained on {meta['corpus']['name']}, "
                 f"this is {corpus['name']}")
         print(one_line(note), file=sys.stderr)
@@ -1047,7 +1079,7 @@ def plot(args):
     with reading(path):
         log = checked_state(newest).log
     if not log:
-        raise Failure(f"the run in {args.out} has no steps to draw yet")
+        raise Failure(f"the run in {args.out} has no log entry to draw yet")
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -1064,7 +1096,7 @@ def plot(args):
     draw_distances(axes, mean_attention(model, held_out, T, mem_len), T, mem_len)
     write_picture(args.out / "attention.png", axes.figure)
 
-    line = line_attention(model, meta["vocabulary"], held_out)
+    line = line_attention(model, meta["vocabulary"], held_out, memory=min(32, mem_len))
     columns = min(2, model.config.n_head)
     rows = -(-model.config.n_head // columns)
     picture = Figure(figsize=(8 * columns, 4.3 * rows), layout="constrained")
@@ -1093,9 +1125,10 @@ def draw_distances(axes, attention, T, mem_len):
     """Mean attention [N, K] over the distance, see `mean_attention`."""
     for layer, weights in enumerate(attention, start=1):
         axes.plot(weights, label=f"layer {layer}")
-    axes.axvline(T, color="gray", linestyle="--")
-    axes.text(T * 0.95, axes.get_ylim()[1] * 0.7, "only in memory\nbeyond this line",
-              color="gray", va="top", ha="right")
+    if mem_len:
+        axes.axvline(T, color="gray", linestyle="--")
+        axes.text(T * 0.95, 0.95, "only in memory\nbeyond this line", color="gray", va="top",
+                  ha="right", transform=axes.get_xaxis_transform())
     axes.set_xscale("symlog", linthresh=1, linscale=0.3)
     axes.set_xlim(left=0)
     axes.set_xticks([0] + [2 ** i for i in range((T + mem_len).bit_length())])
@@ -1110,7 +1143,8 @@ def draw_distances(axes, attention, T, mem_len):
 def draw_heads(all_axes, keys, queries, weights):
     """A heat map [T, K] of each head, see `line_attention`: dark where a query looks."""
     def shown(text):                    # a space would be invisible
-        return [{" ": "·", "\n": "↵"}.get(character) or visible(character) for character in text]
+        return [{" ": "·", "\n": "↵", "\t": "→"}.get(character) or visible(character)
+                for character in text]
 
     edge = len(keys) - len(queries)                         # memory is on the left of it
     for head, (axes, of_head) in enumerate(zip(all_axes, weights), start=1):
@@ -1124,7 +1158,9 @@ def draw_heads(all_axes, keys, queries, weights):
 
 def write_picture(path, figure):
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120, bbox_inches="tight")
+    with warnings.catch_warnings():                     # of characters that its font lacks
+        warnings.simplefilter("ignore")
+        figure.savefig(buffer, format="png", dpi=120, bbox_inches="tight")
     write_whole(path, buffer.getbuffer())
     print(f"written: {path}")
 
@@ -1232,13 +1268,22 @@ def path(text):
     return pathlib.Path(text)
 
 
+def options(**given):
+    """The command's options, for Python: options(steps=100, out="runs/mine", resume=True).
+
+    A Failure says what is wrong with one.
+    """
+    given = {f"--{name.replace('_', '-')}": value for name, value in given.items()}
+    return parse_arguments([option if value is True else f"{option}={value}"
+                            for option, value in given.items()])
+
+
 def parse_arguments(argv=None):
     cores = min(core_count(), 8)
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      usage="train_shakespeare.py [options]",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(
-        2, one_line(f"{parser.prog}: {message} (see --help)") + "\n")
+    parser.error = refuse
 
     what = parser.add_argument_group("what to do").add_mutually_exclusive_group()
     what.add_argument("--resume", action="store_true", help="continue the run in --out")
@@ -1296,13 +1341,24 @@ def parse_arguments(argv=None):
 
 
 # %% 9. Main
+def refuse(message):
+    raise Failure(f"{message} (see --help)", status=2)
+
+
 def interrupt(which):
     raise KeyboardInterrupt(which)
 
 
+def prepare(args):
+    """Make ready for what a command computes."""
+    # A text is written on the CPU, which is faster at that: see sample_text.
+    use_device("cpu" if args.mode == "generate" else args.device, args.tf32)
+    keep_freed_memory()
+
+
 def main(argv=None):
     """Run the command; returns the exit status."""
-    args, status = parse_arguments(argv), 1
+    status = 1
     # Output may be closed (`>&-`), and a terminal may not know every character.
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w")
                               for stream in (sys.stdout, sys.stderr))
@@ -1310,13 +1366,11 @@ def main(argv=None):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     try:
-        # A text is written on the CPU, which is faster at that: see sample_text.
-        use_device("cpu" if args.mode == "generate" else args.device, args.tf32)
-        keep_freed_memory()
-        numpy.seterr(all="ignore")          # what is not finite is found where it matters
+        args = parse_arguments(argv)
         commands = {"train": train, "eval": evaluate_run, "generate": generate_text,
                     "plot": plot}
-        with on_the_first_signal(interrupt):        # so that SIGTERM too ends what was begun
+        # SIGTERM, too, ends what was begun. What is not finite is found where it matters.
+        with on_the_first_signal(interrupt), numpy.errstate(all="ignore"):
             return commands[args.mode](args) or 0
     except (Failure, DeviceError, FloatingPointError) as failure:
         message, status = failure, getattr(failure, "status", 1)
@@ -1342,4 +1396,6 @@ def main(argv=None):
 
 
 if AS_COMMAND:
-    sys.exit(main())
+    status = main()
+    signal.signal(signal.SIGINT, on_ctrl_c)             # `%run` in IPython goes on after this
+    sys.exit(status)

@@ -616,6 +616,9 @@ class Adam:
     @contextlib.contextmanager
     def averaged(self):
         """Inside `with adam.averaged():` the parameters are their averages."""
+        if not self.average_over:
+            yield
+            return
         current = {name: w.data.copy() for name, w in self.parameters.items()}
         try:
             for name, w in self.parameters.items():
@@ -659,6 +662,7 @@ def generate(model, prompt, length, temperature=1.0, top_k=None, top_p=None, rng
     top_p         choose among the fewest whose probabilities reach p (Holtzman et al. 2020)
     rng           numpy.random.Generator; None: seed 0
     """
+    check_sampling(length, temperature, top_k, top_p, mem_len)          # appendix F
     rng = rng or numpy.random.default_rng(0)
     prompt = numpy.asarray(prompt)
     if prompt.ndim != 1 or prompt.size == 0:
@@ -908,15 +912,29 @@ class DividedAdam(Adam):
         for w, g in leaves:
             self.gradient[part, self.places[w]] = g.reshape(-1)
 
+    def take_on(self):
+        """Take on arrays that somebody has assigned to a parameter's `.data`."""
+        for w, view in self.views.items():
+            if w.data is not view:
+                if (w.data.shape, w.data.dtype) != (view.shape, view.dtype):
+                    raise ValueError("DividedAdam: a parameter was given an array of another "
+                                     "shape or dtype")
+                view[...], w.data = w.data, view
+
+    def averaged(self):
+        self.take_on()
+        return super().averaged()
+
+    def __reduce_ex__(self, protocol):
+        raise TypeError("a DividedAdam cannot be copied: the parameters are views of its arrays")
+
     def step(self, lr=None, everywhere=None):
         """Adam's step. With `everywhere` the gradients have been collected already.
 
         everywhere(function, …) returns [function(part, …) for every part]. Without it this
         process does all parts, with the parameters' `.grad`.
         """
-        for w, view in self.views.items():
-            if w.data is not view:                      # somebody has assigned another array
-                view[...], w.data = w.data, view
+        self.take_on()
         if everywhere is None:
             self.collect(0, [(w, w.grad) for w in self.places if w.grad is not None])
 
@@ -1061,6 +1079,7 @@ def attention_weights(model, tokens, memory):
     `memory` holds N arrays [B, M, D]. With same_length M must be at least T, and a query
     sees M keys.
     """
+    tokens, memory = checked_call(model, tokens, memory)
     T, M, config, found = tokens.shape[1], memory[0].shape[1], model.config, []
     window = max(M, T)          # so many states are kept that the segment's inputs are among them
     with no_grad():
@@ -1113,6 +1132,18 @@ def check_config(config):
                          "distance 0 … clamp_len")
 
 
+def check_sampling(length, temperature, top_k, top_p, mem_len):
+    """ValueError names an option of `generate` that is wrong."""
+    for name, value, holds, what in (
+            ("length", length, length >= 0, "at least 0"),
+            ("temperature", temperature, 0 <= temperature < math.inf, "at least 0"),
+            ("top_k", top_k, top_k is None or top_k >= 1, "at least 1"),
+            ("top_p", top_p, top_p is None or 0 < top_p <= 1, "in (0, 1]"),
+            ("mem_len", mem_len, mem_len is None or mem_len >= 0, "at least 0")):
+        if not holds:
+            raise ValueError(f"generate: {name} must be {what}, not {value!r}")
+
+
 def checked_call(model, tokens, memory):
     """A call's tokens as an array, and its memory; ValueError where a shape is wrong."""
     tokens = tokens.data if isinstance(tokens, Tensor) else tokens
@@ -1153,9 +1184,39 @@ def checked_call(model, tokens, memory):
 # %% H. A walk through it
 # `python txl.py` runs this section.
 
+def running_example():
+    """The numbers of section 4 for all three queries of segment 2, as NumPy arrays by name.
+
+        states [K, D], q [T, d], u, v [d], R [K, D] for the distances K-1, …, 0
+        a, b, c, d [T, K]     the terms of the score; their columns stand for keys
+        by_distance [T, K]    (b) + (d) before the shift; its columns stand for distances
+        hidden, score, weights [T, K], output [T, D]
+    """
+    T, M, float64 = 3, 2, numpy.float64
+    config = Config(vocab_size=8, n_layer=1, n_head=1, d_model=2, d_ff=2, mem_len=M)
+    attention = RelativeMultiHeadAttention(config, numpy.random.default_rng(0), float64)
+    for W in (attention.W_q, attention.W_kv, attention.W_r, attention.W_o):
+        W.data[...] = xp.tile(xp.eye(2), W.shape[1] // 2)
+    states = numpy.array([[1., 0], [0, 1], [1, 1], [1, -1], [-1, 1]])       # of i r s t _
+    q, k, u, v = states[M:], states, numpy.array([0.5, 0]), numpy.array([0, 0.5])
+    attention.u.data[...], attention.v.data[...] = xp.asarray(u), xp.asarray(v)
+    positions, mask = relative_positions(config, T, M, float64), hidden_keys(T, M)
+    x, R = Tensor(xp.asarray(states[None])), positions.numpy()
+    weights = attention.weights(heads(x[:, M:], 1), heads(x, 1), positions, mask)
+    output = attention(x[:, M:], x[:, :M], positions, mask)
+
+    def shifted(scores):
+        return rel_shift(xp.asarray(scores)).numpy()
+    b, d = q @ R.T, numpy.tile(R @ v, (T, 1))
+    terms = dict(a=q @ k.T, b=shifted(b), c=numpy.tile(k @ u, (T, 1)), d=shifted(d))
+    return dict(terms, states=states, q=q, u=u, v=v, R=R, by_distance=b + d,
+                hidden=to_numpy(mask), score=sum(terms.values()) / math.sqrt(2),
+                weights=weights.numpy()[0, 0], output=output.numpy()[0])
+
+
 def print_example():
     """The running example: the lines behind a bar in the text above."""
-    text, T, M, float64 = "First_Cit", 3, 2, numpy.float64
+    text, T, M, example = "First_Cit", 3, 2, running_example()
     tokens = numpy.array([[sorted(set(text)).index(letter) for letter in text]])
     config = Config(vocab_size=8, n_layer=1, n_head=1, d_model=2, d_ff=2, mem_len=M)
     model, memory = TransformerXL(config), None
@@ -1171,38 +1232,26 @@ def print_example():
     def row(name, values, form="7.2f"):
         print(f"   |  {name:12}" + "".join(f"{value:{form}}" for value in values))
 
-    positions = relative_positions(config, T, M, float64)
-    R, distances = positions.numpy(), range(T + M - 1, -1, -1)
+    distances, t, seen = range(T + M - 1, -1, -1), 1, slice(4)      # row t, and the keys it sees
+    q, v, k, R = example["q"][t], example["v"], example["states"], example["R"]
     print()
     row("n", distances, "7")
     row("sin(n)", R[:, 0])
     row("cos(n)", R[:, 1])
-
-    states = numpy.array([[[1., 0], [0, 1], [1, 1], [1, -1], [-1, 1]]])     # of i r s t _
-    attention = RelativeMultiHeadAttention(config, numpy.random.default_rng(0), float64)
-    for W in (attention.W_q, attention.W_kv, attention.W_r, attention.W_o):
-        W.data[...] = xp.tile(xp.eye(2), W.shape[1] // 2)
-    q, k, u, v = states[0, 3], states[0], numpy.array([0.5, 0]), numpy.array([0, 0.5])
-    attention.u.data[...], attention.v.data[...] = xp.asarray(u), xp.asarray(v)
-    mask, x = hidden_keys(T, M), Tensor(xp.asarray(states))
-    by_distance = Tensor(xp.asarray(numpy.tile(R @ q + R @ v, (T, 1))))
-    shifted = rel_shift(by_distance).numpy()[1, :4]
-    weights = attention.weights(heads(x[:, M:], 1), heads(x, 1), positions, mask)
-    output = attention(x[:, M:], x[:, :M], positions, mask)
     print()
     row("distance n", distances, "7")
     row("(b) q · r", R @ q)
     row("(d) v · r", R @ v)
-    row("(b) + (d)", R @ q + R @ v)
+    row("(b) + (d)", example["by_distance"][t])
     print()
     row("key", text[1:6], ">7")
-    row("(b) + (d)", shifted)
-    row("k = value", (f"({a:.0f},{b:.0f})" for a, b in k), ">7")
-    row("(a) q · k", k @ q)
-    row("(c) u · k", k @ u)
-    row("score", (k[:4] @ (q + u) + shifted) / math.sqrt(2))
-    row("weight", weights.numpy()[0, 0, 1])
-    print("   |  output         ({:.2f}, {:.2f})".format(*output.numpy()[0, 1]))
+    row("(b) + (d)", (example["b"] + example["d"])[t, seen])
+    row("k = value", (f"({x:.0f},{y:.0f})" for x, y in k), ">7")
+    row("(a) q · k", example["a"][t])
+    row("(c) u · k", example["c"][t])
+    row("score", example["score"][t, seen])
+    row("weight", example["weights"][t])
+    print("   |  output         ({:.2f}, {:.2f})".format(*example["output"][t]))
 
 
 def walk_through():

@@ -31,5 +31,13 @@ def pytest_configure(config):
         raise pytest.UsageError(str(error)) from None
 
 
+@pytest.fixture(autouse=True)
+def the_device_stays():
+    """A test that runs the command in this process may leave another one behind."""
+    module = autograd.xp.module
+    yield
+    autograd.xp.module = module
+
+
 def pytest_report_header(config):
     return f"device: {config.getoption('--device')}"

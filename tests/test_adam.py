@@ -1,5 +1,7 @@
 """Adam against its update rule written out by hand, the learning rate, and what training does."""
+import copy
 import math
+import pickle
 
 import numpy
 import pytest
@@ -172,6 +174,31 @@ def test_a_parameter_that_was_given_another_array_is_trained_on_from_there(Adam)
     w.grad = xp.ones(2)
     adam.step()
     numpy.testing.assert_allclose(w.numpy(), [9, 19], rtol=1e-6)
+
+
+@both
+def test_without_an_average_evaluation_takes_the_weights_as_they_are_also_assigned_ones(Adam):
+    w = Tensor(xp.zeros(2), requires_grad=True)
+    adam = Adam({"w": w}, lr=0.5)
+    w.data = xp.asarray([10.0, 20.0])
+    with adam.averaged():
+        assert w.numpy().tolist() == [10, 20]
+    assert w.numpy().tolist() == [10, 20]
+
+
+@pytest.mark.parametrize("other", [numpy.ones(1), numpy.ones(2, numpy.float32)], ids=str)
+def test_divided_adam_refuses_an_array_of_another_shape_or_dtype(other):
+    w = Tensor(xp.zeros(2), requires_grad=True)
+    adam = txl.DividedAdam({"w": w})
+    w.data, w.grad = xp.asarray(other), xp.ones(2)
+    with pytest.raises(ValueError, match="another shape or dtype"):
+        adam.step()
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_divided_adam_is_not_copied_because_its_copy_would_move_no_parameter(copied):
+    with pytest.raises(TypeError, match="cannot be copied"):
+        copied(txl.DividedAdam({"w": Tensor(xp.zeros(2), requires_grad=True)}))
 
 
 @both

@@ -178,6 +178,43 @@ def test_an_interrupted_run_resumed_ends_with_the_bits_of_an_uninterrupted_one(f
     assert logs[0] == logs[1]
 
 
+def started(folder, name, *prefix, line="step     5/"):
+    """A process that trains for a long time, once it has printed the line."""
+    process = subprocess.Popen(
+        [*prefix, sys.executable, str(SCRIPT), "--data", "text", "--out", name, "--overwrite",
+         "--steps", "100000", *SMALL], cwd=folder, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True, start_new_session=True)
+    next(text for text in process.stdout if text.startswith(line))
+    return process
+
+
+def test_a_closed_terminal_writes_the_checkpoint_too(folder):
+    process = started(folder, "hangup")
+    os.killpg(process.pid, signal.SIGHUP)
+    assert "stopped at step" in process.communicate(timeout=20)[0]
+    assert process.returncode == 129 and (folder / "hangup" / "checkpoint.npz").exists()
+
+
+def test_a_signal_that_was_ignored_before_stays_ignored(folder):
+    """As with nohup, and in the background of a script."""
+    process = started(folder, "nohup", "sh", "-c", "trap '' HUP INT; exec \"$@\"", "sh")
+    os.killpg(process.pid, signal.SIGHUP)
+    os.killpg(process.pid, signal.SIGINT)
+    next(text for text in process.stdout if text.startswith("step    30/"))
+    process.terminate()
+    process.communicate(timeout=20)
+    assert process.returncode == 143
+
+
+def test_two_kinds_of_signals_at_once_end_it_without_a_traceback(folder):
+    for _ in range(3):
+        process = started(folder, "both")
+        os.killpg(process.pid, signal.SIGINT)
+        os.killpg(process.pid, signal.SIGTERM)
+        assert "Traceback" not in process.communicate(timeout=20)[1]
+        assert process.returncode in (130, 143)
+
+
 @pytest.mark.parametrize("kill", [os.kill, os.killpg], ids=["the process", "its group"])
 def test_sigterm_writes_the_checkpoint_and_ends_with_143(folder, kill):
     process = subprocess.Popen(
@@ -249,18 +286,12 @@ def test_a_log_that_cannot_be_written_costs_a_note_and_not_the_run(folder):
 
 
 def test_a_second_run_in_the_same_directory_is_refused(folder):
-    first = subprocess.Popen(
-        [sys.executable, str(SCRIPT), "--data", "text", "--out", "shared", "--steps", "100000",
-         *SMALL], cwd=folder, stdout=subprocess.PIPE, text=True)
-    for line in first.stdout:
-        if line.startswith("step    10/"):
-            break
+    first = started(folder, "shared", line="step    10/")
     for option in ("--resume", "--overwrite"):
         answer = run(folder, "--data", "text", "--out", "shared", option, status=1).stderr
         assert "another process is training in shared" in answer
     first.kill()
-    first.wait()
-    first.stdout.close()
+    first.communicate()
     trained(folder, "shared", 5, "--overwrite")         # the lock ended with its process
 
 
@@ -317,6 +348,33 @@ def test_ctrl_c_in_the_last_evaluation_says_that_it_is_missing(folder, monkeypat
     monkeypatch.undo()
     assert handlers == [signal.getsignal(which) for which in (signal.SIGINT, signal.SIGTERM)]
     assert "validation loss" in run(folder, "--data", "text", "--out", "last", "--resume").stdout
+
+
+def test_training_from_python_is_watched_and_interrupted_and_the_model_then_writes(
+        folder, monkeypatch, capsys):
+    """As in a notebook: options by name, no exit, the handlers of signals those of before."""
+    import train_shakespeare as command
+    from txl import generate
+    monkeypatch.chdir(folder)
+    handlers, seen = [signal.getsignal(which) for which in (signal.SIGINT, signal.SIGTERM)], []
+
+    def watch(run):
+        seen.append(run.state.step)
+        if run.state.step == 15:
+            signal.raise_signal(signal.SIGINT)
+    args = command.options(data="text", out="watched", steps=30, overwrite=True, n_layer=1,
+                           n_head=1, d_model=8, d_ff=8, seq_len=16, mem_len=16, batch_size=4,
+                           log_every=5, eval_every=20, threads=2)
+    assert command.train(args, watch) == 130 and seen == [5, 10, 15]
+    assert handlers == [signal.getsignal(which) for which in (signal.SIGINT, signal.SIGTERM)]
+    model, vocabulary = command.load_run("watched")
+    assert len(list(generate(model, command.encode("C", vocabulary), 5))) == 5
+    args = command.options(data="text", out="watched", resume=True)
+    assert command.train(args, watch) == 0 and seen == [5, 10, 15, 20, 25, 30]
+    with pytest.raises(command.Failure, match="--steps: 0 is out of range"):
+        command.options(steps=0)
+    with pytest.raises(command.Failure, match="unrecognized arguments: --step"):
+        command.options(step=1)
 
 
 def test_generation_interrupted_from_python_returns_130(folder, finished, monkeypatch, capsys):
@@ -499,10 +557,15 @@ def test_eval_without_data_refuses_the_usual_text_for_a_run_on_another(folder, f
                                                                        monkeypatch, capsys):
     import train_shakespeare as command
     usual = TEXT.upper().encode()
+    monkeypatch.setattr(command, "tiny_shakespeare", None)          # nothing is downloaded first
+    for option in ("--eval", "--resume"):
+        assert command.main(["--out", str(folder / "run"), option]) == 2
+        assert "reads text (SHA-256" in capsys.readouterr().err
     monkeypatch.setattr(command, "tiny_shakespeare", lambda: usual)
     monkeypatch.setitem(command.TINY, "sha256", hashlib.sha256(usual).hexdigest())
-    assert command.main(["--out", str(folder / "run"), "--eval"]) == 2
-    assert "reads text (SHA-256" in capsys.readouterr().err
+    with pytest.raises(command.Failure, match="name that text"):
+        command.find_text(command.options(eval=True, out="run"), {"corpus": {
+            "name": "nine plays", "sha256": command.PLAYS["sha256"]}}, another=True)
     (folder / "shorter").write_text(TEXT[:-500])
     done = run(folder, "--data", "shorter", "--out", "run", "--eval")       # named: with a note
     assert "was trained on text, this is shorter" in done.stderr
@@ -547,8 +610,8 @@ def test_eval_on_a_text_with_characters_the_model_never_saw_is_one_line(folder, 
     (TEXT, "Citizen 0:"), ("\ufeff\n \n" + TEXT, "Citizen 0:"),
     ("import os\r\n\r\nprint('\x1b[31m')\r\n" * 100, "import os"),
     ("a sentence that is longer than a prompt needs to be. " * 50, "a sentence that is"),
-    ("🙂🙃\n" * 900, "🙂🙃"), ("\x00\x01\x01\x00" * 900, "\x01")],
-    ids=["Shakespeare", "byte order mark", "code", "one long line", "emoji", "nothing to show"])
+    ("--- \n---\ntitle: x\n" * 200, "title: x"), ("🙂🙃\n" * 900, "🙂🙃"), ("\x00\x01\x01\x00" * 900, "\x01")],
+    ids=["Shakespeare", "byte order mark", "code", "one long line", "dashes", "emoji", "nothing to show"])
 def test_the_last_line_proposes_the_texts_first_words_as_a_prompt(text, prompt):
     import train_shakespeare as command
 
@@ -689,7 +752,6 @@ def test_a_gpu_that_has_no_memory_left_in_a_step_is_one_line(folder, monkeypatch
 
     class OutOfMemoryError(MemoryError):            # CuPy's
         pass
-    monkeypatch.setattr(command, "use_device", lambda *_: None)
     for error in (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED"), OutOfMemoryError("Out of memory")):
         def fails(args):
             raise error

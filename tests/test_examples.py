@@ -46,6 +46,21 @@ def test_the_walk_through_the_model():
     assert out.rstrip().endswith("And summer's lease hath all too short a date;")
 
 
+def test_the_running_example_is_section_4_in_numpy():
+    """The terms add up to the score, softmax makes weights of it, the weights mix the states."""
+    e = txl.running_example()
+    score = (e["a"] + e["b"] + e["c"] + e["d"]) / numpy.sqrt(2)
+    weights = numpy.where(e["hidden"], 0, numpy.exp(score))
+    weights /= weights.sum(axis=1, keepdims=True)
+    numpy.testing.assert_allclose(e["score"], score, rtol=1e-12)
+    numpy.testing.assert_allclose(e["weights"], weights, rtol=1e-12)
+    numpy.testing.assert_allclose(e["output"], weights @ e["states"], rtol=1e-12)
+    for i in range(3):                                  # the columns of (b) + (d) are distances
+        for j in range(3 + i):
+            distance = 2 + i - j
+            assert (e["b"] + e["d"])[i, j] == e["by_distance"][i, 4 - distance]
+
+
 def test_the_running_example_in_the_text_is_what_it_prints():
     """Lines behind a bar: those of the comments are those of the walk, in the same order."""
     text = (ROOT / "txl.py").read_text(encoding="utf-8").splitlines()

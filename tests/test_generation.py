@@ -97,6 +97,15 @@ def test_logits_that_are_not_finite_are_an_error(wrong, temperature):
         txl.sample(numpy.array([0.0, wrong]), temperature, None, None, RNG(0))
 
 
+@pytest.mark.parametrize("name, value", [
+    ("temperature", -1), ("temperature", numpy.nan), ("temperature", numpy.inf), ("top_k", 0),
+    ("top_k", -1), ("top_p", 0), ("top_p", 1.5), ("top_p", numpy.nan), ("length", -1),
+    ("mem_len", -1)])
+def test_an_option_out_of_range_is_an_error_that_names_it(model, name, value):
+    with pytest.raises(ValueError, match=f"generate: {name} must be .*, not {value}"):
+        next(txl.generate(model, [1], **{"length": 3, name: value}))
+
+
 def test_an_empty_prompt_is_an_error(model):
     with pytest.raises(ValueError, match="non-empty"):
         next(txl.generate(model, [], 3))

@@ -80,7 +80,8 @@ def test_a_tensor_as_a_key_is_itself_whatever_its_values():
     assert {x: "x", y: "y"}[y] == "y" and len({x, y, x}) == 2
 
 
-@pytest.mark.parametrize("use", [numpy.asarray, lambda x: numpy.array([x, x]), numpy.vstack,
+@pytest.mark.parametrize("use", [numpy.asarray, numpy.sum, numpy.transpose,
+                                 lambda x: numpy.array_equal(x, x), lambda x: numpy.array([x, x]), numpy.vstack,
                                  lambda x: numpy.zeros((1, 2)).__setitem__(0, x)])
 def test_numpy_does_not_take_a_tensor_for_an_array(use):
     with pytest.raises(TypeError, match=r"\.numpy\(\), or \.data .* \.item\(\)"):
@@ -296,6 +297,16 @@ def test_copies_of_a_leaf_are_leaves_of_their_own():
         y = again(x)
         (x * y * y).sum().backward()
         assert to_numpy(x.grad).tolist() == [1, 4] and to_numpy(y.grad).tolist() == [2, 8]
+
+
+def test_a_computed_tensor_is_not_copied_with_its_graph():
+    """Its gradient would go to the copies of the leaves."""
+    x = leaf([1.0, 2.0])
+    x.grad = xp.ones(2)
+    with pytest.raises(TypeError, match=r"copy \.detach\(\)"):
+        copy.deepcopy(x * 2.0)
+    one, two = copy.deepcopy([x, x])
+    assert one is two and to_numpy(one.grad).tolist() == [1, 1] and one.grad is not x.grad
 
 
 def test_a_result_may_become_a_leaf_and_a_leaf_may_get_another_array():
