@@ -1,4 +1,5 @@
 """The command as a process, on a small text: what it prints, writes and returns."""
+import contextlib
 import csv
 import hashlib
 import json
@@ -186,6 +187,35 @@ def started(folder, name, *prefix, line="step     5/"):
         stderr=subprocess.PIPE, text=True, start_new_session=True)
     next(text for text in process.stdout if text.startswith(line))
     return process
+
+
+def test_on_a_terminal_it_says_that_it_evaluates_and_needs_no_escape_codes(folder):
+    """A terminal of 60 columns: lines that are to vanish are cut, and overwritten with spaces."""
+    ours, its = os.openpty()
+    process = subprocess.Popen([sys.executable, str(SCRIPT), "--data", "text", "--out", "pty",
+                                "--steps", "10", *SMALL], cwd=folder, stdout=its, stderr=its,
+                               env={**os.environ, "COLUMNS": "60"})
+    os.close(its)
+    out = b""
+    with contextlib.suppress(OSError):                  # which is how a terminal ends
+        while part := os.read(ours, 1 << 16):
+            out += part
+    os.close(ours)
+    assert process.wait(timeout=20) == 0
+    lines = out.decode().replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    assert any(re.match(r"step +10/10  loss \d\.\d+  evaluating …", line) for line in lines)
+    assert " " * 59 in lines and "\x1b" not in out.decode()
+    assert max(len(line) for line in lines if line.startswith("step     5/")) == 59
+
+
+def test_ctrl_c_while_its_libraries_are_imported_is_quiet(folder, tmp_path):
+    (tmp_path / "numpy.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)")
+    process = subprocess.Popen([sys.executable, str(SCRIPT)], cwd=folder, text=True,
+                               env={**os.environ, "PYTHONPATH": str(tmp_path)},
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.readline() == "importing\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=20) == ("", "") and process.returncode == 130
 
 
 def test_a_closed_terminal_writes_the_checkpoint_too(folder):
