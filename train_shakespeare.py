@@ -472,20 +472,19 @@ def check_finite(run, what, *values):
 def on_the_first_signal(function):
     """Inside the block the first Ctrl-C or SIGTERM calls function(signal). The second does what
     it would do outside."""
-    before = {}
-    if threading.current_thread() is threading.main_thread():           # others get no signals
-        before = {which: signal.getsignal(which) for which in STOP_SIGNALS}
+    before = {which: signal.getsignal(which) for which in STOP_SIGNALS}
+    if threading.current_thread() is not threading.main_thread():
+        before = {}                                     # other threads get no signals
+    before = {which: handler for which, handler in before.items()
+              if handler != signal.SIG_IGN}             # ignored: as with nohup
 
     def first(which, frame):
         for other, handler in before.items():
             signal.signal(other, handler if callable(handler) else end_at_once)
         function(which)
 
-    for which in list(before):
-        if before[which] == signal.SIG_IGN:             # as with nohup
-            del before[which]
-        else:
-            signal.signal(which, first)
+    for which in before:
+        signal.signal(which, first)
     try:
         yield
     finally:
@@ -818,18 +817,20 @@ def new_or_resumed(args):
 
 
 def find_text(args, meta, another=False):
-    """`find_corpus` for a run. Refused is another text than the run's, but for `another`, where
-    --data names it."""
-    its = meta["corpus"] if meta else None
-    usual = {corpus["sha256"]: corpus for corpus in (TINY, PLAYS)}
-    if meta and args.data is None and its["sha256"] not in usual:
-        corpus = TINY                                   # before it is downloaded
-    else:
+    """What find_corpus(args.data) returns, for the run in --out, of which `meta` is read (None: a
+    new run).
+
+    Another text than the run's is a Failure. With `another` it is none, if --data names it.
+    """
+    if meta is None:
+        return find_corpus(args.data)
+    its = meta["corpus"]
+    if args.data or its["sha256"] in (TINY["sha256"], PLAYS["sha256"]):
         text, corpus = find_corpus(args.data)
-        if not meta or corpus["sha256"] == its["sha256"] or another and args.data:
+        if corpus["sha256"] == its["sha256"] or another and args.data:
             return text, corpus
-    raise Failure(f"the run in {args.out} reads {its['name']} (SHA-256 {its['sha256'][:12]}…), "
-                  f"not {corpus['name']}; name that text with --data FILE", status=2)
+    raise Failure(f"the run in {args.out} reads {its['name']} (SHA-256 {its['sha256'][:12]}…); "
+                  "name that text with --data FILE", status=2)
 
 
 def check_size(mode, config, B, T, M, memories=1, copies=1):
