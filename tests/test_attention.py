@@ -18,8 +18,9 @@ RNG = numpy.random.default_rng
 def shapes(*cases):
     """The cases (T, M) or (T, M, clamp_len or window), with names that say so."""
     def name(case):
-        return ", ".join([f"{case[0]} queries, memory {case[1]}"] + [
-            f"limit {limit}" for limit in case[2:] if limit is not None])
+        T, M, *limits = case
+        return ", ".join(["one query" if T == 1 else f"{T} queries", f"memory {M}"] + [
+            f"limit {limit}" for limit in limits if limit is not None])
     return [pytest.param(*case, id=name(case)) for case in cases]
 
 
@@ -121,16 +122,11 @@ def test_attention_is_the_four_terms_as_four_loops(form, Attention, T, M, clamp_
     numpy.testing.assert_allclose(ours.numpy(), expected, rtol=1e-10)
 
 
-@pytest.mark.parametrize("queries, scores", [(64, 1 << 17), (2, 1 << 17), (3, 40), (1, 1)],
-                         ids=["one block", "blocks of two queries", "small blocks", "tiny blocks"])
 @pytest.mark.parametrize("T, M, window", shapes(
     (1, 0, None), (1, 4, None), (5, 0, None), (5, 3, None), (5, 7, 7), (6, 2, 2)))
-def test_attention_in_one_operation_is_attention_step_by_step(
-        T, M, window, queries, scores, monkeypatch):
+def test_attention_in_one_operation_is_attention_step_by_step(T, M, window, monkeypatch):
     """Value and every gradient, whatever the blocks: all at once, few queries, few heads and
     rows."""
-    monkeypatch.setattr(txl, "QUERIES", queries)
-    monkeypatch.setattr(txl, "SCORES", scores)
     config, rng = txl.Config(5, n_layer=1, n_head=2, d_model=8), RNG(7)
     attention = txl.RelativeMultiHeadAttention(config, rng, numpy.float64)
     q, kv, g = (rng.normal(size=(3, n, width)) for n, width in ((T, 8), (M + T, 16), (T, 8)))
@@ -138,10 +134,12 @@ def test_attention_in_one_operation_is_attention_step_by_step(
     positions = txl.relative_positions(config, T, M, numpy.float64)
     mask = txl.hidden_keys(T, M, window)
     answers = []
-    for one_operation in (True, False):
+    for blocks in ("none", (64, 1 << 17), (2, 1 << 17), (3, 40), (1, 1)):
         inputs = [Tensor(xp.asarray(x), requires_grad=True) for x in (q, kv, u, v, W_r)]
         Q, KV, attention.u, attention.v, attention.W_r = inputs
-        if one_operation:
+        if blocks != "none":
+            monkeypatch.setattr(txl, "QUERIES", blocks[0])
+            monkeypatch.setattr(txl, "SCORES", blocks[1])
             y = txl.attend(Q, KV, positions @ attention.W_r, attention.u, attention.v, mask)
         else:
             k, values = txl.heads(KV[..., :8], 2), txl.heads(KV[..., 8:], 2)
@@ -149,8 +147,10 @@ def test_attention_in_one_operation_is_attention_step_by_step(
             y = (weights @ values).transpose(1, 2, 0, 3).reshape(Q.shape)
         y.backward(xp.asarray(g))
         answers.append([y.numpy()] + [to_numpy(x.grad) for x in inputs])
-    for ours, expected in zip(*answers):
-        numpy.testing.assert_allclose(ours, expected, rtol=1e-10, atol=1e-12)
+    step_by_step, *in_one_operation = answers
+    for answer in in_one_operation:
+        for ours, expected in zip(answer, step_by_step):
+            numpy.testing.assert_allclose(ours, expected, rtol=1e-10, atol=1e-12)
 
 
 def test_attention_in_one_operation_keeps_keys_and_values_but_not_the_queries():
