@@ -209,7 +209,8 @@ def test_on_a_terminal_it_says_that_it_evaluates_and_needs_no_escape_codes(folde
 
 
 def test_ctrl_c_while_its_libraries_are_imported_is_quiet(folder, tmp_path):
-    (tmp_path / "numpy.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)")
+    (tmp_path / "numpy.py").write_text(
+        "import time\nprint('importing', flush=True)\ntime.sleep(60)")
     process = subprocess.Popen([sys.executable, str(SCRIPT)], cwd=folder, text=True,
                                env={**os.environ, "PYTHONPATH": str(tmp_path)},
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -247,13 +248,7 @@ def test_two_kinds_of_signals_at_once_end_it_without_a_traceback(folder):
 
 @pytest.mark.parametrize("kill", [os.kill, os.killpg], ids=["the process", "its group"])
 def test_sigterm_writes_the_checkpoint_and_ends_with_143(folder, kill):
-    process = subprocess.Popen(
-        [sys.executable, str(SCRIPT), "--data", "text", "--out", "term", "--overwrite",
-         "--steps", "100000", *SMALL],
-        cwd=folder, stdout=subprocess.PIPE, text=True, start_new_session=True)
-    for line in process.stdout:
-        if line.startswith("step     5"):
-            break
+    process = started(folder, "term")
     began = time.monotonic()
     kill(process.pid, signal.SIGTERM)
     process.stdout.read()
@@ -262,13 +257,7 @@ def test_sigterm_writes_the_checkpoint_and_ends_with_143(folder, kill):
 
 
 def test_a_second_ctrl_c_stops_at_once_and_leaves_no_process(folder):
-    process = subprocess.Popen(
-        [sys.executable, str(SCRIPT), "--data", "text", "--out", "twice", "--steps", "100000",
-         *SMALL],
-        cwd=folder, stdout=subprocess.PIPE, text=True, start_new_session=True)
-    for line in process.stdout:
-        if line.startswith("step     5"):
-            break
+    process = started(folder, "twice")
     began = time.monotonic()
     while process.poll() is None:
         os.killpg(process.pid, signal.SIGINT)
@@ -505,8 +494,7 @@ def test_a_checkpoint_that_is_none_or_only_half_of_one_is_refused_in_one_line(fo
         state = arrays(folder / "run" / "checkpoint.npz")
         meta = json.loads(state.pop("meta").item())
         change(meta, state)
-        with open(folder / name / "checkpoint.npz", "wb") as file:
-            numpy.savez(file, meta=numpy.array(json.dumps(meta)), **state)
+        numpy.savez(folder / name / "checkpoint.npz", meta=numpy.array(json.dumps(meta)), **state)
         return run(folder, "--data", "text", "--out", name, "--resume", "--steps", "40",
                    status=1).stderr
     assert "format version 1" in spoiled("version", lambda meta, state: meta.update(version=1))
@@ -526,8 +514,7 @@ def test_a_checkpoint_that_is_none_or_only_half_of_one_is_refused_in_one_line(fo
         "nan", lambda meta, state: state["parameters/b_out"].fill(numpy.nan))
     pickled = folder / "pickled"
     pickled.mkdir(exist_ok=True)
-    with open(pickled / "checkpoint.npz", "wb") as file:
-        numpy.savez(file, meta=numpy.array([{"version": 2}], dtype=object))
+    numpy.savez(pickled / "checkpoint.npz", meta=numpy.array([{"version": 2}], dtype=object))
     answer = run(folder, "--data", "text", "--out", "pickled", "--resume", status=1)
     assert "not a checkpoint" in answer.stderr
 
@@ -622,8 +609,7 @@ def test_weights_that_are_finite_but_useless_give_an_error_or_short_figures(fold
         for parameter, value in change.items():
             state["parameters/" + parameter][...] = value
         (folder / name).mkdir()
-        with open(folder / name / "best.npz", "wb") as file:
-            numpy.savez(file, **state)
+        numpy.savez(folder / name / "best.npz", **state)
         done = run(folder, "--data", "text", "--out", name, "--eval", status=status)
         assert "e+19" in done.stdout if status == 0 else "not finite" in done.stderr
         assert max(map(len, done.stdout.splitlines())) <= 80
@@ -640,8 +626,10 @@ def test_eval_on_a_text_with_characters_the_model_never_saw_is_one_line(folder, 
     (TEXT, "Citizen 0:"), ("\ufeff\n \n" + TEXT, "Citizen 0:"),
     ("import os\r\n\r\nprint('\x1b[31m')\r\n" * 100, "import os"),
     ("a sentence that is longer than a prompt needs to be. " * 50, "a sentence that is"),
-    ("--- \n---\ntitle: x\n" * 200, "title: x"), ("🙂🙃\n" * 900, "🙂🙃"), ("\x00\x01\x01\x00" * 900, "\x01")],
-    ids=["Shakespeare", "byte order mark", "code", "one long line", "dashes", "emoji", "nothing to show"])
+    ("--- \n---\ntitle: x\n" * 200, "title: x"), ("🙂🙃\n" * 900, "🙂🙃"),
+    ("\x00\x01\x01\x00" * 900, "\x01")],
+    ids=["Shakespeare", "byte order mark", "code", "one long line", "dashes", "emoji",
+         "nothing to show"])
 def test_the_last_line_proposes_the_texts_first_words_as_a_prompt(text, prompt):
     import train_shakespeare as command
 
@@ -794,8 +782,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(f
     trained(folder, "diverged", 10)
     state = arrays(folder / "diverged" / "checkpoint.npz")
     state["adam/m"][...] = 3e38         # the next update is infinite
-    with open(folder / "diverged" / "checkpoint.npz", "wb") as file:
-        numpy.savez(file, **state)
+    numpy.savez(folder / "diverged" / "checkpoint.npz", **state)
     before = (folder / "diverged" / "checkpoint.npz").read_bytes()
     answer = run(folder, "--data", "text", "--out", "diverged", "--resume", "--steps", "30",
                  status=1, env={**os.environ, "PYTHONWARNINGS": "ignore"}).stderr
@@ -816,8 +803,7 @@ def test_an_error_repeats_little_of_a_long_file(folder, finished):
         meta = {**json.loads(state["meta"].item()), **change, "settings": {"x" * 100_000: 1}}
         state["meta"] = numpy.array(json.dumps(meta))
         (folder / name).mkdir()
-        with open(folder / name / "checkpoint.npz", "wb") as file:
-            numpy.savez(file, **state)
+        numpy.savez(folder / name / "checkpoint.npz", **state)
         answer = run(folder, "--data", "text", "--out", name, "--resume", status=1).stderr
         assert len(answer) < 1100
     (folder / "many").write_text("".join(map(chr, range(256, 50_000))) * 2)
@@ -875,8 +861,7 @@ def test_a_last_step_that_was_logged_but_not_evaluated_is_evaluated_when_resumed
     loss = meta["log"][-1][1]
     meta["log"][-1][2] = None
     state["meta"] = numpy.array(json.dumps(meta))
-    with open(path, "wb") as file:
-        numpy.savez(file, **state)
+    numpy.savez(path, **state)
     out = run(folder, "--data", "text", "--out", "lowered", "--resume").stdout
     assert "validation loss" in out and len(re.findall("^step +7/7", out, re.M)) == 1
     log = json.loads(arrays(path)["meta"].item())["log"]

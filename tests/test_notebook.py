@@ -39,6 +39,7 @@ def run_cells(folder, device):
     settings, printed, namespace = notebook.short_settings(folder, device), [], {}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        patch.setattr(backend.xp, "module", backend.xp.module)         # the cells change it
         for name in ("matplotlib", "matplotlib.pyplot", "IPython", "IPython.display"):
             module = types.ModuleType(name)
             module.__getattr__ = lambda attribute: Anything()

@@ -81,7 +81,8 @@ def test_a_tensor_as_a_key_is_itself_whatever_its_values():
 
 
 @pytest.mark.parametrize("use", [numpy.asarray, numpy.sum, numpy.transpose,
-                                 lambda x: numpy.array_equal(x, x), lambda x: numpy.array([x, x]), numpy.vstack,
+                                 lambda x: numpy.array_equal(x, x),
+                                 lambda x: numpy.array([x, x]), numpy.vstack,
                                  lambda x: numpy.zeros((1, 2)).__setitem__(0, x)])
 def test_numpy_does_not_take_a_tensor_for_an_array(use):
     with pytest.raises(TypeError, match=r"\.numpy\(\), or \.data .* \.item\(\)"):
