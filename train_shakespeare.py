@@ -276,11 +276,14 @@ class Streams:
 
 
 # %% 3. Evaluation
-def evaluate(model, tokens, batch_size, seq_len, mem_len, threads, stop=False):
+def evaluate(model, tokens, batch_size, seq_len, mem_len, threads, stop=False, temperature=1.0):
     """Mean cross-entropy in nats over `tokens`: each but the first is predicted exactly once.
 
     The text is read as up to batch_size contiguous streams, each from an empty memory. NaN
     if `stop` became true on the way.
+
+    Logits are divided by `temperature`. A model that has read its text many times is too
+    sure of itself in another. Above 1 it is less sure of the same order (Guo et al. 2017).
     """
     n = len(tokens) - 1
     batch_size = stream_count(n, batch_size, seq_len, mem_len)
@@ -298,7 +301,7 @@ def evaluate(model, tokens, batch_size, seq_len, mem_len, threads, stop=False):
                     return math.nan
                 logits, memory = model(x[:, at:at + seq_len], memory, mem_len=mem_len)
                 target = y[:, at:at + seq_len, None]
-                log_p = log_softmax(logits).data
+                log_p = log_softmax(logits * (1 / temperature)).data
                 log_p = xp.take_along_axis(log_p, xp.maximum(target, 0), axis=-1)
                 nats = nats - (log_p * (target >= 0)).sum(dtype=numpy.float64)
         return nats
@@ -1036,6 +1039,7 @@ def evaluate_run(args):
     n = len(held_out) - 1
     batch_size, seq_len = (first_given(getattr(args, name), meta["settings"][name])
                            for name in ("batch_size", "seq_len"))
+    temperature = first_given(args.temperature, 1.0)
     lengths = [chosen]
     if args.eval_mem_len is None:
         trained_len = model.config.mem_len
@@ -1043,12 +1047,14 @@ def evaluate_run(args):
     for mem_len in lengths:
         B = stream_count(n, batch_size, seq_len, mem_len)
         check_size("eval", model.config, B, seq_len, min(mem_len, n))
-    print(f"step {meta['step']}, {n:,} characters of {corpus['name']}")
+    print(f"step {meta['step']}, {n:,} characters of {corpus['name']}"
+          + (f", temperature {temperature:g}" if temperature != 1 else ""))
     print(f"{'memory':>8}{'nats':>10}{'bits a character':>20}{'perplexity':>14}"
           f"{'characters/s':>16}")
     for mem_len in lengths:
         began = time.perf_counter()
-        nats = evaluate(model, held_out, batch_size, seq_len, mem_len, args.threads)
+        nats = evaluate(model, held_out, batch_size, seq_len, mem_len, args.threads,
+                        temperature=temperature)
         speed = n / (time.perf_counter() - began)
         if not math.isfinite(nats):
             raise Failure("the loss is not finite: the weights of this run are useless")
@@ -1065,7 +1071,8 @@ def generate_text(args):
     shown = visible if sys.stdout.isatty() else str
     print(shown(args.generate), end="", flush=True)
     rng = numpy.random.default_rng(first_given(args.seed, FIXED["seed"][0]))
-    for token in generate(model, prompt, args.length, args.temperature, args.top_k, args.top_p,
+    temperature = first_given(args.temperature, 0.8)
+    for token in generate(model, prompt, args.length, temperature, args.top_k, args.top_p,
                           rng, mem_len):
         print(shown(vocabulary[token]), end="", flush=True)
     print()
@@ -1324,9 +1331,10 @@ def parse_arguments(argv=None):
     writing = parser.add_argument_group("with --generate")
     writing.add_argument("--length", type=whole, default=500, metavar="N",
                          help="characters to write (default: 500)")
-    writing.add_argument("--temperature", type=number(float, 0), default=0.8, metavar="X",
+    writing.add_argument("--temperature", type=number(float, 0), metavar="X",
                          help="below 1 safer, above 1 more varied, 0 always the likeliest "
-                              "character (default: 0.8)")
+                              "character (default: 0.8); with --eval logits are divided "
+                              "by it (default: 1)")
     writing.add_argument("--top-k", type=positive, metavar="K",
                          help="choose among the K likeliest only")
     writing.add_argument("--top-p", type=number(float, 0, 1, above=True), metavar="P",
@@ -1338,6 +1346,9 @@ def parse_arguments(argv=None):
         if getattr(args, name) is not None and name not in USED[args.mode]:
             parser.error(f"--{name.replace('_', '-')} has no effect with --{args.mode}: "
                          "the run in --out has its own")
+    if args.mode == "eval" and args.temperature is not None and args.temperature < 0.01:
+        parser.error(f"argument --temperature: {args.temperature:g} is out of range with --eval: "
+                     "at least 0.01")
     return args
 
 

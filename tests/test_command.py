@@ -557,6 +557,7 @@ def test_eval_gives_the_loss_of_the_best_checkpoint(folder, finished):
         assert perplexity == pytest.approx(math.exp(nats), rel=1e-3)
         assert speed > 0
     assert list(table("--eval-mem-len", "5")) == [5]
+    assert rows[16][0] != table("--temperature", "2")[16][0] < math.log(65)
 
 
 def test_generate_continues_the_text_and_repeats_with_the_seed(folder, finished):
@@ -691,6 +692,7 @@ def test_plot_draws_three_pictures_or_says_that_matplotlib_is_missing(folder, fi
     (["--step", "7"], 2, "unrecognized arguments: --step"),
     (["--top-p", "1.5"], 2, "more than 0 and at most 1"),
     (["--eval", "--mem-len", "7"], 2, "--mem-len has no effect with --eval"),
+    (["--eval", "--temperature", "0"], 2, "at least 0.01"),
     (["--generate", "x", "--lr", "1"], 2, "--lr has no effect with --generate"),
     (["--resume", "--eval"], 2, "not allowed with"),
     (["--seq-len", "100000"], 1, "lower --batch-size or --seq-len"),

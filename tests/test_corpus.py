@@ -121,6 +121,12 @@ def test_every_token_after_the_first_is_predicted_exactly_once(length, batch_siz
         assert loss == pytest.approx(40.0 / (length - 1), rel=1e-9)
 
 
+def test_a_temperature_divides_the_logits():
+    """One logit is 0, a thousand are -40: at temperature 20 these are -2."""
+    loss = evaluate(Recorder(), numpy.arange(1000), 4, 16, 8, threads=1, temperature=20)
+    assert loss == pytest.approx(math.log(1 + 1000 * math.exp(-2)), rel=1e-9)
+
+
 def test_threads_do_not_change_the_evaluation():
     import txl
     model = txl.TransformerXL(txl.Config(11, n_layer=1, n_head=1, d_model=8, d_ff=8, mem_len=4),
