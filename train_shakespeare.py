@@ -1039,7 +1039,6 @@ def evaluate_run(args):
     n = len(held_out) - 1
     batch_size, seq_len = (first_given(getattr(args, name), meta["settings"][name])
                            for name in ("batch_size", "seq_len"))
-    temperature = first_given(args.temperature, 1.0)
     lengths = [chosen]
     if args.eval_mem_len is None:
         trained_len = model.config.mem_len
@@ -1048,13 +1047,13 @@ def evaluate_run(args):
         B = stream_count(n, batch_size, seq_len, mem_len)
         check_size("eval", model.config, B, seq_len, min(mem_len, n))
     print(f"step {meta['step']}, {n:,} characters of {corpus['name']}"
-          + (f", temperature {temperature:g}" if temperature != 1 else ""))
+          + (f", temperature {args.temperature:g}" if args.temperature != 1 else ""))
     print(f"{'memory':>8}{'nats':>10}{'bits a character':>20}{'perplexity':>14}"
           f"{'characters/s':>16}")
     for mem_len in lengths:
         began = time.perf_counter()
         nats = evaluate(model, held_out, batch_size, seq_len, mem_len, args.threads,
-                        temperature=temperature)
+                        temperature=args.temperature)
         speed = n / (time.perf_counter() - began)
         if not math.isfinite(nats):
             raise Failure("the loss is not finite: the weights of this run are useless")
@@ -1071,8 +1070,7 @@ def generate_text(args):
     shown = visible if sys.stdout.isatty() else str
     print(shown(args.generate), end="", flush=True)
     rng = numpy.random.default_rng(first_given(args.seed, FIXED["seed"][0]))
-    temperature = first_given(args.temperature, 0.8)
-    for token in generate(model, prompt, args.length, temperature, args.top_k, args.top_p,
+    for token in generate(model, prompt, args.length, args.temperature, args.top_k, args.top_p,
                           rng, mem_len):
         print(shown(vocabulary[token]), end="", flush=True)
     print()
@@ -1346,7 +1344,9 @@ def parse_arguments(argv=None):
         if getattr(args, name) is not None and name not in USED[args.mode]:
             parser.error(f"--{name.replace('_', '-')} has no effect with --{args.mode}: "
                          "the run in --out has its own")
-    if args.mode == "eval" and args.temperature is not None and args.temperature < 0.01:
+    if args.temperature is None:
+        args.temperature = 1.0 if args.mode == "eval" else 0.8
+    if args.mode == "eval" and args.temperature < 0.01:
         parser.error(f"argument --temperature: {args.temperature:g} is out of range with --eval: "
                      "at least 0.01")
     return args

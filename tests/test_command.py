@@ -558,6 +558,8 @@ def test_eval_gives_the_loss_of_the_best_checkpoint(folder, finished):
         assert speed > 0
     assert list(table("--eval-mem-len", "5")) == [5]
     assert rows[16][0] != table("--temperature", "2")[16][0] < math.log(65)
+    uniform = table("--temperature", "1e9", "--eval-mem-len", "16")[16][0]
+    assert uniform == pytest.approx(math.log(len(set(TEXT))), abs=1e-4)
 
 
 def test_generate_continues_the_text_and_repeats_with_the_seed(folder, finished):
