@@ -470,11 +470,15 @@ def log_softmax(a):
 
 
 @op
-def cross_entropy(logits, targets):
+def cross_entropy(logits, targets, confidence_penalty=0.0):
     """Mean over all positions of -log softmax(logits)[target], in nats.
 
     logits [..., V], integer targets [...]. With N positions the gradient is
     (softmax(logits) - onehot(target)) / N: what the model believes, minus what was true.
+
+    A confidence penalty c (Pereyra et al. 2017) subtracts c H, where H = -sum_v p[v] log p[v]
+    is the entropy of p = softmax(logits). With dH/dlogits = -p (log p + H), p in the gradient
+    becomes p (1 + c (log p + H)).
 
     >>> logits = Tensor([[0.0, 0.0, 0.0, 0.0]], requires_grad=True)
     >>> loss = cross_entropy(logits, [2])
@@ -491,13 +495,19 @@ def cross_entropy(logits, targets):
                          "one for each row of logits")
     rows, columns = xp.arange(targets.size), targets.reshape(-1)
     log_p = log_softmax(x.reshape(targets.size, x.shape[-1])).data
+    loss = -log_p[rows, columns].mean()
+    if confidence_penalty:
+        entropy = -row_dots(xp.exp(log_p), log_p)
+        loss -= confidence_penalty * entropy.mean()
 
     def gradient(g):
         difference = xp.exp(log_p)
+        if confidence_penalty:
+            difference *= 1 + confidence_penalty * (log_p + entropy)
         difference[rows, columns] -= 1
         difference *= g / targets.size
         return difference.reshape(targets.shape + log_p.shape[1:])
-    return result(-log_p[rows, columns].mean(), (logits, gradient))
+    return result(loss, (logits, gradient))
 
 
 # Layer normalisation (Ba et al. 2016) gives every row of n numbers mean 0 and variance 1.

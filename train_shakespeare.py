@@ -178,7 +178,8 @@ class Run:
         if settings["dropout"]:
             generator = random_generator([settings["seed"], step, part])
         loss, memories[group] = loss_and_memory(
-            self.model, tokens[rows], targets[rows], memory, generator)
+            self.model, tokens[rows], targets[rows], memory, generator,
+            settings["confidence_penalty"])
         loss = loss * ((rows.stop - rows.start) / settings["batch_size"])
         self.adam.collect(part, leaf_gradients(loss))
         return loss.data
@@ -1241,6 +1242,8 @@ FIXED = {
     "positions": ("sinusoid", str, "form of the relative positions"),
     "activation": ("squared_relu", str, "of the feed-forward layers"),
     "dropout": (0.0, number(float, 0, 1), "probability of dropping a value"),
+    "confidence_penalty": (0.0, number(float, 0, 1),
+                           "part of the predictions' entropy taken off the training loss"),
     "batch_size": (16, positive, "sequences side by side"),
     "seq_len": (64, positive, "tokens in a segment"),
     "lr": (3e-3, number(float, 0, above=True), "peak learning rate"),

@@ -530,12 +530,14 @@ def named_tensors(part, prefix=""):
 # The mean cross-entropy of the next token, in nats: -log of the probability that the model
 # gave to what came. ln 2 nats are one bit, so bits a character = nats / ln 2. The
 # perplexity exp(nats) is the number of equally likely tokens that would be as hard to guess
-# from.
+# from. A model that reads its text many times bets on it; a confidence penalty (see
+# cross_entropy) makes bets dearer.
 
-def loss_and_memory(model, tokens, targets, memory=None, generator=None):
+def loss_and_memory(model, tokens, targets, memory=None, generator=None,
+                    confidence_penalty=0.0):
     """(loss in nats: a scalar Tensor, the new memory). tokens, targets [B, T]."""
     logits, memory = model(tokens, memory, generator)
-    return cross_entropy(logits, targets), memory
+    return cross_entropy(logits, targets, confidence_penalty), memory
 
 
 # %% 8. Adam

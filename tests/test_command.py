@@ -99,17 +99,17 @@ def test_it_leaves_a_log_the_configuration_and_two_checkpoints(finished):
     assert json.loads(state["meta"].item())["step"] == 30
 
 
-@pytest.mark.parametrize("threads", [1, 3])
-def test_the_log_is_that_of_the_plain_loop(folder, threads):
+@pytest.mark.parametrize("threads, penalty", [(1, 0.0), (3, 0.1)])
+def test_the_log_is_that_of_the_plain_loop(folder, threads, penalty):
     """Forward, backward, clip, Adam, the next group's segment with the group's memory, empty
     where the text begins again. What is evaluated and kept as the best is the average of the
-    weights."""
+    weights. The confidence penalty acts in training only."""
     import train_shakespeare as command
     import txl
     from backend import to_numpy, xp
     name = f"plain{threads}"
     run(folder, "--data", "text", "--out", name, *SMALL, "--steps", "60", "--log-every", "1",
-        "--eval-every", "30", "--threads", threads)
+        "--eval-every", "30", "--threads", threads, "--confidence-penalty", penalty)
     with open(folder / name / "log.csv") as file:
         rows = list(csv.DictReader(file))
     log = [(float(row["loss"]), float(row["grad_norm"])) for row in rows]
@@ -126,7 +126,8 @@ def test_the_log_is_that_of_the_plain_loop(folder, threads):
     memories = [None] * streams.groups
     for step in range(60):
         x, y, group, fresh = streams.segment(step)
-        loss, memories[group] = txl.loss_and_memory(model, x, y, None if fresh else memories[group])
+        loss, memories[group] = txl.loss_and_memory(
+            model, x, y, None if fresh else memories[group], confidence_penalty=penalty)
         loss.backward()
         norm = adam.step(txl.warmup_cosine(step, 60, 1e-2, warmup=6, final=1e-4))
         adam.zero_grad()
@@ -848,9 +849,9 @@ def test_help_shows_every_option_with_its_default(folder):
     out = run(folder, "--help").stdout
     for option in ("--device", "--data", "--out", "--resume", "--steps", "--batch-size",
                    "--seq-len", "--mem-len", "--eval-mem-len", "--n-layer", "--n-head",
-                   "--d-model", "--d-ff", "--dropout", "--lr", "--weight-decay", "--seed",
-                   "--threads", "--eval", "--generate", "--length", "--temperature", "--top-k",
-                   "--top-p", "--plot"):
+                   "--d-model", "--d-ff", "--dropout", "--confidence-penalty", "--lr",
+                   "--weight-decay", "--seed", "--threads", "--eval", "--generate", "--length",
+                   "--temperature", "--top-k", "--top-p", "--plot"):
         assert option in out
     assert "default: 64" in out and "default: 0.003" in out
 

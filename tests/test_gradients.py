@@ -202,6 +202,8 @@ def cases():
     yield "cross_entropy", "one row", lambda x: a("cross_entropy")(x, xp.asarray(2)), [(4,)]
     yield ("cross_entropy", "weighted",
            lambda x, w: a("cross_entropy")(x, xp.asarray(targets[0])) * w, [(3, 4), ()])
+    yield ("cross_entropy", "confidence penalty",
+           lambda x: a("cross_entropy")(x, xp.asarray(targets), 0.3), [(2, 3, 4)])
     yield ("cross_entropy", "large logits",
            lambda x: a("cross_entropy")(x * 1000, xp.asarray(targets[0])), [(3, 4)])
     yield "normalise", "rows", a("normalise"), [(3, 4)]

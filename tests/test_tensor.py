@@ -181,6 +181,31 @@ def test_softmax_sigmoid_and_cross_entropy_are_stable():
                                   [[1, 0, 0], [1 / 3, 1 / 3, 1 / 3]], rtol=1e-6)
 
 
+def test_a_confidence_penalty_takes_part_of_the_mean_entropy_off_the_loss():
+    logits, targets = numpy.random.default_rng(3).normal(size=(2, 3, 5)), [[0, 4, 4], [1, 2, 0]]
+    loss = autograd.cross_entropy(logits, targets).item()
+    p = autograd.softmax(logits).numpy()
+    entropy = -(p * numpy.log(p)).sum(axis=-1).mean()
+    penalised = autograd.cross_entropy(logits, targets, confidence_penalty=0.25)
+    assert penalised.item() == pytest.approx(loss - 0.25 * entropy)
+
+
+def test_with_a_confidence_penalty_no_answer_becomes_certain():
+    """Without one, a text in which an answer is certain is learned best by p = 1. A penalty c
+    stops where log(p / q) = 1 / (c p), with q the probability of each other answer."""
+    c, V, target = 0.1, 65, 2
+    p = 0.99
+    for _ in range(50):
+        q = p * numpy.exp(-1 / (c * p))
+        p = 1 - (V - 1) * q
+    answers = numpy.full((1, V), q)
+    answers[0, target] = p
+    logits = leaf(numpy.log(answers))
+    autograd.cross_entropy(logits, xp.asarray([target]), confidence_penalty=c).backward()
+    assert round(p, 3) == 0.997
+    numpy.testing.assert_allclose(to_numpy(logits.grad), 0, atol=1e-15)
+
+
 def test_softmax_gives_hidden_keys_no_weight_and_a_hidden_row_zeros():
     mask = xp.asarray([[False, True, False], [True, True, True]])
     y = autograd.softmax(leaf([[1.0, 50.0, 1.0], [1.0, 2.0, 3.0]]), mask)
