@@ -28,7 +28,7 @@ import threading
 
 import numpy
 
-from backend import (OPS, activate, activation_gradient, first_gradient, gpu_form, jointly,
+from backend import (OPS, activate, activation_gradient, drop, first_gradient, gpu_form, jointly,
                      leading_sums, numeric_array, op, row_dots, row_sums, same_dtype, to_numpy,
                      use_device, within, xp)
 
@@ -407,9 +407,9 @@ def matmul(a, b):
         raise ValueError("a number has no matrix product; use *")
     if x.ndim == 1:                                 # a vector on the left is a row
         row = matmul(reshape(a, (1, -1)), b)
-        return index(row, (..., 0) if w.ndim == 1 else (..., 0, slice(None)))
+        return reshape(row, () if w.ndim == 1 else w.shape[:-2] + w.shape[-1:])
     if w.ndim == 1:                                 # a vector on the right is a column
-        return index(matmul(a, reshape(b, (-1, 1))), (..., 0))
+        return reshape(matmul(a, reshape(b, (-1, 1))), x.shape[:-1])
     if w.ndim == 2:                                 # a stack's rows all meet w: one product
         rows, m, shape = math.prod(x.shape[:-1]), w.shape[1], x.shape
         flat = x.reshape(rows, shape[-1])
@@ -572,9 +572,9 @@ def dropout(a, p, generator):
     x, = arrays(a)
     if generator is None or p == 0:
         return a if isinstance(a, Tensor) else Tensor(x)
-    kept = generator.random(x.shape, dtype=xp.float32) >= p
-    factor = kept.astype(x.dtype) * float(1 / (1 - p))
-    return result(x * factor, (a, lambda g: g * factor))
+    u = generator.random(x.shape, dtype=xp.float32)
+    y, factor = drop(x, u, p)                       # x factor, where factor = (u >= p) / (1 - p)
+    return result(y, (a, lambda g: g * factor))
 
 
 # %% 4. The notation
@@ -742,7 +742,7 @@ def linear(a, weight, bias, before=None):
         return (g.reshape(math.prod(shape[:-1]), m) @ w.T).reshape(shape)
     return result(y.reshape(x.shape[:-1] + (m,)), (a, gradient_of_a),
                   (weight, lambda g: flat.T @ g.reshape(rows, m)),
-                  (bias, lambda g: xp.ones(rows, dtype=w.dtype) @ g.reshape(rows, m)))
+                  (bias, lambda g: leading_sums(g.reshape(rows, m), 1)))
 
 
 @op
@@ -755,7 +755,7 @@ def activated(a, weight, bias, name):
 
     def gradients(g):
         h = activation_gradient(g.reshape(t.shape), t, name)
-        return (h @ w.T).reshape(shape), flat.T @ h, xp.ones(rows, dtype=w.dtype) @ h
+        return (h @ w.T).reshape(shape), flat.T @ h, leading_sums(h, 1)
     return result(y.reshape(shape[:-1] + w.shape[1:]), *jointly(gradients, a, weight, bias))
 
 

@@ -18,6 +18,7 @@ plain meaning, and the other files rely on no more than that:
     product(a, b, out, add)    a @ b, into `out` or added to it
     an Elementwise formula     its text, in NumPy
     activate(x, b, name)       t = relu(x + b), and that or its square
+    drop(x, u, p)              x factor and factor, where factor = (u >= p) / (1 - p)
     @gpu_form                  the function below it, as it stands
     random_generator(seed)     xp.random.default_rng(seed)
     within(ids, n)             an IndexError where an id is not one of 0 … n-1
@@ -284,10 +285,15 @@ def within(ids, count):
 # A product with ones takes a fifth of the time of NumPy's sum over a short last axis, half of that
 # over leading axes, and on a GPU a small part of the time of CuPy's.
 
+@functools.lru_cache(maxsize=64)
+def _ones(library, count, dtype):
+    return library.ones(count, dtype=dtype)
+
+
 def row_sums(x):
     """Sum over the last axis, which stays with size 1."""
     rows, length = math.prod(x.shape[:-1]), x.shape[-1]
-    sums = x.reshape(rows, length) @ xp.ones(length, dtype=x.dtype)
+    sums = x.reshape(rows, length) @ _ones(xp.module, length, x.dtype)
     return sums.reshape(x.shape[:-1] + (1,))
 
 
@@ -299,7 +305,7 @@ def row_dots(x, y):
 def leading_sums(x, count):
     """Sum over the first `count` axes."""
     rows, shape = math.prod(x.shape[:count]), x.shape[count:]
-    sums = xp.ones(rows, dtype=x.dtype) @ x.reshape(rows, math.prod(shape))
+    sums = _ones(xp.module, rows, x.dtype) @ x.reshape(rows, math.prod(shape))
     return sums.reshape(shape)
 
 
@@ -350,12 +356,15 @@ relu_gradient = Elementwise("relu_gradient", "g y", "h", "h = g * (y > 0)")
 squared_relu_of_sum = Elementwise("squared_relu_of_sum", "x w zero", "t y",
                                   "t = larger(x + w, zero); y = t * t")
 squared_relu_gradient = Elementwise("squared_relu_gradient", "g t", "h", "h = 2 * g * t")
+dropped = Elementwise("dropped", "x u p scale", "y factor",
+                      "factor = (u >= p) * scale; y = x * factor")
 adam_update = Elementwise(
     "adam_update", "g decayed share_1 share_2 root eps rate decay share", "first second w average",
     "first += share_1 * (g - first); second += share_2 * (g * g - second); "
     "w -= decay * decayed * w + rate * first / (sqrt(second) * root + eps); "
     "average += share * (w - average)")
-FORMULAS = [scaled_sum, relu_of_sum, relu_gradient, squared_relu_of_sum, squared_relu_gradient]
+FORMULAS = [scaled_sum, relu_of_sum, relu_gradient, squared_relu_of_sum, squared_relu_gradient,
+            dropped]
 
 
 def activate(x, bias, name):
@@ -375,12 +384,20 @@ def activation_gradient(g, t, name):
     return (relu_gradient if name == "relu" else squared_relu_gradient)(g, t)
 
 
+def drop(x, u, p):
+    """(x * factor, factor), where factor = (u >= p) / (1 - p), for float32 numbers u."""
+    if x.dtype == u.dtype:
+        return dropped(x, u, x.dtype.type(p), x.dtype.type(1 / (1 - p)))
+    factor = (u >= p).astype(x.dtype) * float(1 / (1 - p))
+    return x * factor, factor
+
+
 # %% 5. Products
 # Attention multiplies views: heads are every H-th group of columns, and transposes. NumPy's matmul
 # takes them as they are. CuPy's copies every operand that is not contiguous, and the result again
 # where `out` is a view. cuBLAS itself wants no copies. It takes matrices one of whose axes has
 # consecutive numbers, and a stack of them at equal steps. With [H, B, n, k] that is a stack for
-# each head.
+# each head, or for each row where these are fewer.
 
 def product(a, b, out=None, add=False):
     """a @ b for [H, B, n, k] and [H, B, k, m], views or not: into `out`, or added to it."""
@@ -410,7 +427,7 @@ CUBLAS_GEMM_DEFAULT = -1
 
 
 def _product(a, b, out, add, tf32, address, gemm):
-    """`product` by calls of cuBLAS, one a head.
+    """`product` by calls of cuBLAS, one a head or one a row.
 
     cuBLAS reads matrices column by column: what is [n, m] to us is the transpose, [m, n], to it.
     So it is asked for out^T = b^T a^T, and each matrix is as it wants it already.
@@ -434,12 +451,13 @@ def _product(a, b, out, add, tf32, address, gemm):
         compute = CUBLAS_COMPUTE_32F_FAST_TF32 if tf32 else CUBLAS_COMPUTE_32F
     factors = numpy.array([1, 1 if add else 0], dtype=a.dtype)      # of the product, and of out
     one, old = (factors.ctypes.data + i * factors.itemsize for i in (0, 1))
-    for head in range(H):
-        a_at, b_at, out_at = (address(x) + head * x.strides[0] for x in (a, b, out))
-        a_next, b_next, out_next = (x.strides[1] // x.itemsize for x in (a, b, out))
+    calls, stacked = (0, 1) if H <= B else (1, 0)           # axes
+    a_next, b_next, out_next = (x.strides[stacked] // x.itemsize for x in (a, b, out))
+    for call in range(min(H, B)):
+        a_at, b_at, out_at = (address(x) + call * x.strides[calls] for x in (a, b, out))
         gemm(int(b_transposed), int(a_transposed), m, n, k, one,
              b_at, kind, b_step, b_next, a_at, kind, a_step, a_next, old,
-             out_at, kind, out_step, out_next, B, compute, CUBLAS_GEMM_DEFAULT)
+             out_at, kind, out_step, out_next, max(H, B), compute, CUBLAS_GEMM_DEFAULT)
     return out
 
 

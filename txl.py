@@ -73,8 +73,8 @@ import numpy
 from autograd import (Tensor, activated, arrays, concatenate, cross_entropy, dropout,
                       embedding, fold, layer_norm, linear, no_grad, normalise, result, softmax,
                       stop_gradient)
-from backend import (adam_update, gpu_form, jointly, on_a_gpu, op, product, row_dots, row_sums,
-                     scaled_sum, shared_zeros, to_numpy, within, xp)
+from backend import (adam_update, gpu_form, jointly, leading_sums, on_a_gpu, op, product, row_dots,
+                     row_sums, scaled_sum, shared_zeros, to_numpy, within, xp)
 
 
 # %% 1. Memory
@@ -830,7 +830,6 @@ def attend(q, kv, r, u, v, mask):
         g_z = heads(g, H) * inverse_z                                           # g / z
         g_z_o = row_dots(g_z, heads(o, H))
         d_q_u, d_q_v, d_kv, d_r = (empty(x.shape) for x in (o, o, KV, R))
-        d_r[...] = 0
         d_keys, d_values = heads(d_kv[..., :D], H), heads(d_kv[..., D:], H)
         for (block, seen), E in zip(reversed(blocks), reversed(numerators)):
             i, j, t = block
@@ -844,9 +843,8 @@ def attend(q, kv, r, u, v, mask):
             near = R[i, :, K - seen.stop:]
             heads(d_q_v, H)[block] = product(d_by_distance, near).reshape(g_z[block].shape)
             product(transposed(flat(q_v[block])), d_by_distance,
-                    out=transposed(d_r[i, :, K - seen.stop:]), add=True)
-        scales = xp.full(B * T, scale, dtype=dtype)           # a product with it is a sum
-        d_u, d_v = ((scales @ x.reshape(B * T, D)).reshape(H, d) for x in (d_q_u, d_q_v))
+                    out=transposed(d_r[i, :, K - seen.stop:]), add=t.stop < T or j.stop < B)
+        d_u, d_v = (leading_sums(x, 2).reshape(H, d) * scale for x in (d_q_u, d_q_v))
         d_r = d_r.transpose(2, 1, 0, 3).reshape(K, D)
         return scaled_sum(d_q_u, d_q_v, scale), d_kv, d_r, d_u, d_v
     return result(o, *jointly(gradients, q, kv, r, u, v))
@@ -911,8 +909,8 @@ class DividedAdam(Adam):
             there = {w for w, _ in leaves}
             name = next(name for name, w in self.parameters.items() if w not in there)
             raise ValueError(f"DividedAdam: {name} has no gradient; Adam takes such parameters")
-        for w, g in leaves:
-            self.gradient[part, self.places[w]] = g.reshape(-1)
+        gradients = dict(leaves)
+        xp.concatenate([gradients[w].reshape(-1) for w in self.places], out=self.gradient[part])
 
     def take_on(self):
         """Take on arrays that somebody has assigned to a parameter's `.data`."""

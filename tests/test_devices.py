@@ -129,7 +129,9 @@ PLAIN = {       # each formula, in NumPy
     "relu_of_sum": lambda x, w, zero: (relu(x + w),),
     "relu_gradient": lambda g, y: (numpy.where(y > 0, g, 0),),
     "squared_relu_of_sum": lambda x, w, zero: (relu(x + w), relu(x + w) ** 2),
-    "squared_relu_gradient": lambda g, t: (2 * g * t,)}
+    "squared_relu_gradient": lambda g, t: (2 * g * t,),
+    "dropped": lambda x, u, p, scale: (numpy.where(u < p, 0, x * scale),
+                                       numpy.where(u < p, 0, scale))}
 
 
 def test_every_formula_has_a_plain_form():
@@ -140,9 +142,9 @@ def test_every_formula_has_a_plain_form():
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize("formula", backend.FORMULAS, ids=lambda formula: formula.name)
 def test_a_formula_is_its_plain_form(formula, dtype, where):
-    """On numbers of both signs in [4, 1, 3] and, one axis broadcast, [4, 5, 1] arrays; `zero` and
-    `scale` are numbers."""
-    rng, numbers = RNG(0), {"zero": 0, "scale": 0.7}
+    """On numbers of both signs in [4, 1, 3] and, one axis broadcast, [4, 5, 1] arrays; `zero`,
+    `scale` and `p` are numbers."""
+    rng, numbers = RNG(0), {"zero": 0, "scale": 0.7, "p": 0.3}
     operands = [numpy.dtype(dtype).type(numbers[name]) if name in numbers
                 else rng.uniform(-2, 2, ((4, 1, 3), (4, 5, 1))[n % 2]).astype(dtype)
                 for n, name in enumerate(formula.arrays)]
@@ -156,7 +158,7 @@ def test_a_formula_is_its_plain_form(formula, dtype, where):
     tolerance = dict(rtol=1e-12) if dtype == "float64" else dict(rtol=1e-5, atol=1e-6)
     for ours, plain in zip(answers, expected):
         assert ours.dtype == dtype
-        numpy.testing.assert_allclose(ours, plain, **tolerance)
+        numpy.testing.assert_allclose(*numpy.broadcast_arrays(ours, plain), **tolerance)
     for before, unchanged in zip((x for x in operands if x.ndim), after):
         numpy.testing.assert_array_equal(before, unchanged)
 

@@ -64,7 +64,7 @@ def same_layout(x, dtype):
 LAYOUTS = ["plain", "heads", "transposed", "transposed heads", "part", "repeated", "gaps"]
 SIZES = [(2, 3, 4, 5, 6), (1, 1, 1, 1, 1), (2, 2, 1, 3, 4), (2, 2, 3, 1, 4), (2, 2, 3, 4, 1),
          (2, 1, 1, 1, 3), (0, 2, 3, 4, 5), (2, 0, 3, 4, 5), (2, 2, 0, 4, 5), (2, 2, 3, 0, 5),
-         (2, 2, 3, 4, 0), (1, 4, 7, 2, 1)]
+         (2, 2, 3, 4, 0), (1, 4, 7, 2, 1), (3, 2, 4, 5, 6), (3, 1, 4, 5, 6)]
 
 
 def gemm_of_the_documentation(b_transposed, a_transposed, m, n, k, one, b, kind, b_step, b_next,
