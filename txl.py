@@ -842,7 +842,7 @@ def attend(q, kv, r, u, v, mask):
             product(d_score, keys[i, j, seen], out=heads(d_q_u, H)[block])
             near = R[i, :, K - seen.stop:]
             heads(d_q_v, H)[block] = product(d_by_distance, near).reshape(g_z[block].shape)
-            product(transposed(flat(q_v[block])), d_by_distance,
+            product(transposed(flat(q_v[block])), d_by_distance,        # all rows share distances
                     out=transposed(d_r[i, :, K - seen.stop:]), add=t.stop < T or j.stop < B)
         d_u, d_v = (leading_sums(x, 2).reshape(H, d) * scale for x in (d_q_u, d_q_v))
         d_r = d_r.transpose(2, 1, 0, 3).reshape(K, D)

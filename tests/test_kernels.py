@@ -353,6 +353,13 @@ def test_nvcc_compiles_the_kernels(tmp_path):
     text += ("__global__ void uniform(unsigned long long start, float* out) { typedef float T; "
              "long long i = threadIdx.x; float& y = out[i]; "
              + backend.CounterGenerator.HASH + "; }\n")
+    text += backend.LARGER
+    for formula, kind in itertools.product((*backend.FORMULAS, backend.adam_update),
+                                           ("float", "double")):
+        names = [f"const T {name}" for name in formula.arrays]
+        names += [f"T& {name}" for name in formula.results]
+        text += (f"__global__ void {formula.name}_{kind}({kind}* all) {{ typedef {kind} T; "
+                 + " ".join(f"{name} = *all++;" for name in names) + f" {formula.text}; }}\n")
     (tmp_path / "kernels.cu").write_text(text)
     done = subprocess.run(["nvcc", "-std=c++17", "-ptx", "-o", tmp_path / "kernels.ptx",
                            tmp_path / "kernels.cu"], capture_output=True, text=True)
