@@ -1260,7 +1260,8 @@ FREE = {
     "eval_every": (300, positive, "steps between evaluations, each with a checkpoint")}
 SETTINGS = {**FIXED, **FREE}
 CHOICES = {"positions": ["sinusoid", "learned"], "activation": ["relu", "squared_relu"]}
-ON_A_GPU = {"n_layer": 8, "dropout": 0.12, "batch_size": 64, "steps": 4000}    # where they differ
+ON_A_GPU = {                                    # where they differ
+    "n_layer": 8, "dropout": 0.12, "confidence_penalty": 0.1, "batch_size": 64, "steps": 4000}
 USED = {                                        # the settings that a command takes
     "train": SETTINGS, "eval": ("batch_size", "seq_len", "eval_mem_len"),
     "generate": ("seed", "eval_mem_len"), "plot": ("eval_mem_len",)}
