@@ -230,7 +230,7 @@ def test_a_run_moves_between_devices_and_ends_with_the_same_bits(tmp_path):
     for name, first, second in [("a", "cpu", "cpu"), ("b", "gpu", "cpu"),
                                 ("c", "cpu", "gpu"), ("d", "gpu", "gpu")]:
         command("--device", first, "--out", name, "--steps", "10", *SMALL, "--dropout", "0.1",
-                "--threads", "1")
+                "--confidence-penalty", "0.1", "--threads", "1")
         command("--device", second, "--out", name, "--steps", "20", "--threads", "1", "--resume")
         state = arrays(tmp_path / name / "checkpoint.npz")
         del state["meta"]                                                       # it has the times
