@@ -397,7 +397,7 @@ def drop(x, u, p):
 # takes them as they are. CuPy's copies every operand that is not contiguous, and the result again
 # where `out` is a view. cuBLAS itself wants no copies. It takes matrices one of whose axes has
 # consecutive numbers, and a stack of them at equal steps. With [H, B, n, k] that is a stack for
-# each head, or for each row where these are fewer.
+# each head, or for each sequence of the batch where these are fewer.
 
 def product(a, b, out=None, add=False):
     """a @ b for [H, B, n, k] and [H, B, k, m], views or not: into `out`, or added to it."""
@@ -427,7 +427,7 @@ CUBLAS_GEMM_DEFAULT = -1
 
 
 def _product(a, b, out, add, tf32, address, gemm):
-    """`product` by calls of cuBLAS, one a head or one a row.
+    """`product` by calls of cuBLAS, one a head or one a sequence.
 
     cuBLAS reads matrices column by column: what is [n, m] to us is the transpose, [m, n], to it.
     So it is asked for out^T = b^T a^T, and each matrix is as it wants it already.

@@ -905,11 +905,10 @@ class DividedAdam(Adam):
 
     def collect(self, part, leaves):
         """Store one part's gradients, [(parameter, gradient), …]."""
-        if len(leaves) < len(self.places):
-            there = {w for w, _ in leaves}
-            name = next(name for name, w in self.parameters.items() if w not in there)
-            raise ValueError(f"DividedAdam: {name} has no gradient; Adam takes such parameters")
         gradients = dict(leaves)
+        for name, w in self.parameters.items():
+            if w not in gradients:
+                raise ValueError(f"DividedAdam: {name} has no gradient; Adam takes such parameters")
         xp.concatenate([gradients[w].reshape(-1) for w in self.places], out=self.gradient[part])
 
     def take_on(self):
