@@ -720,8 +720,8 @@ def check_gradients(f, inputs, eps=1e-5, rtol=1e-6, atol=1e-7, samples=None, see
 def linear(a, weight, bias, before=None):
     """a @ weight + bias; with `before` concatenate([before, a], axis=1) @ weight + bias.
 
-    a [..., n], weight [n, m], bias [m]. The bias is added in place, and its gradient is a
-    product of ones with g, which is faster than a sum over rows.
+    a [..., n], weight [n, m], bias [m]. The bias is added in place. Its gradient is g, which
+    backward() sums over the rows.
 
     before   a constant [B, M, n], whose rows come before those of a [B, T, n]: the memory of
              Transformer-XL. They count in the gradients of weight and bias. `before` gets none
@@ -741,8 +741,7 @@ def linear(a, weight, bias, before=None):
         g = g[:, M:] if M else g
         return (g.reshape(math.prod(shape[:-1]), m) @ w.T).reshape(shape)
     return result(y.reshape(x.shape[:-1] + (m,)), (a, gradient_of_a),
-                  (weight, lambda g: flat.T @ g.reshape(rows, m)),
-                  (bias, lambda g: leading_sums(g.reshape(rows, m), 1)))
+                  (weight, lambda g: flat.T @ g.reshape(rows, m)), (bias, lambda g: g))
 
 
 @op
@@ -755,7 +754,7 @@ def activated(a, weight, bias, name):
 
     def gradients(g):
         h = activation_gradient(g.reshape(t.shape), t, name)
-        return (h @ w.T).reshape(shape), flat.T @ h, leading_sums(h, 1)
+        return (h @ w.T).reshape(shape), flat.T @ h, h
     return result(y.reshape(shape[:-1] + w.shape[1:]), *jointly(gradients, a, weight, bias))
 
 
