@@ -1,22 +1,19 @@
 # %% autograd: reverse-mode automatic differentiation over NumPy or CuPy
-"""A reverse-mode autograd in one file.
+"""A reverse-mode autograd, complete: the graph, the operations, and the proof.
 
-Training needs the gradient of one number, the loss, with respect to a million parameters.
-The chain rule can be multiplied out from either end. Forward mode needs one pass for each
-parameter. Reverse mode starts at the loss and needs one pass in all, which takes about twice
-as long as computing the loss. Its price is memory: what gradients need is kept until then.
+Training changes a million parameters so that one number, the loss L, falls. It needs dL/dp
+for every parameter p. Finite differences would compute L anew for each parameter. Reverse
+mode computes L once, and then goes back from L through every step of the computation. At
+the end it has every dL/dp. Going back takes about twice as long as computing L, because a
+matrix product Y = X W has two gradients, and each is a product of the same size. The price
+is memory: a step back needs numbers of the step, which are kept until then.
 
-    1. one gradient      Tensor, an operation, and backward() on a single product
-    2. the graph         how backward() finds its way, and where it stops
-    3. the operations    value and gradient side by side, in the order of difficulty
-    4. the notation      NumPy's operators and methods on Tensor
-    5. the proof         check_gradients: every gradient against finite differences
-    6. faster            forms of operations that save time
-    7. a walk through    what `python autograd.py` prints
+The sections: 1. one gradient   2. the graph   3. the operations   4. the notation
+              5. the proof   6. a walk through, which `python autograd.py` prints
 
-From backend.py: `xp` is NumPy or CuPy. `@op` registers an operation for the tests, and makes
-its errors name it. What is marked `@gpu_form` a GPU computes in one pass. row_sums(x) is
-x.sum(axis=-1, keepdims=True), row_dots(x, y) is row_sums(x * y).
+This file needs backend.py beside it: `xp` is NumPy or CuPy, row_sums(x) is
+x.sum(axis=-1, keepdims=True), row_dots(x, y) is row_sums(x * y), leading_sums(x, n) is
+x.sum(axis=the first n axes). What follows `if on_a_gpu()` is the same, faster on CUDA.
 """
 import builtins
 import contextlib
@@ -24,40 +21,46 @@ import functools
 import heapq
 import itertools
 import math
-import threading
 
 import numpy
 
-from backend import (OPS, activate, activation_gradient, drop, first_gradient, gpu_form, jointly,
-                     leading_sums, numeric_array, op, row_dots, row_sums, same_dtype, to_numpy,
-                     use_device, within, xp)
+from backend import gpu, leading_sums, on_a_gpu, row_dots, row_sums, to_numpy, use_device, xp
 
 
 # %% 1. One gradient
-# Let y = f(x) be one step on the way to the loss L. dL/dy is an array of y's shape. It says
-# how much L grows when an element of y grows by a little. The chain rule carries it back to
-# x:
+# Let y = f(x) be one step on the way to L. Arrays x and y with n and m numbers have n m
+# derivatives dy[j]/dx[i], the Jacobian. For arrays of a million numbers that is too many to
+# store. But L is one number, so dL/dy has no more numbers than y, and all that is needed is
+# its product with the Jacobian, by the chain rule:
 #
-#     y = f(x)          dL/dx = dL/dy dy/dx
+#     dL/dx[i]  =  sum_j dL/dy[j] dy[j]/dx[i]
 #
-# In this file g stands for dL/dy. An operation computes y. Beside it stands, for each
-# operand x, its *gradient function*: it takes g and returns dL/dx. Example: y = x w. The
-# gradient function of x returns g w, that of w returns g x.
+# In this file g stands for dL/dy, an array of y's shape. A function that takes g and returns
+# dL/dx, without building the Jacobian, is called a VJP, for vector-Jacobian product. For
+# y = x w, element by element, the Jacobian is w on its diagonal and 0 elsewhere. So the VJP
+# for x returns g w, and that for w returns g x.
+#
+# An operation computes y. Beside it stands a VJP for each operand.
 
 class Tensor:
     """An array that knows how it was computed.
 
-    data            an array of the current device's library; lists and numbers become one
+    data            an array of the current device's library; lists and numbers become arrays.
+                    A given array is not copied, so an optimiser will change it
     requires_grad   True for a parameter, and for what is computed from one
-    grad            None at first; L.backward() adds dL/d(data) to that of a parameter
+    grad            None at first; L.backward() adds dL/d(data) to it, if this is a parameter
+
+    Only float32 and float64 have gradients. `.numpy()` is the data as a NumPy array, on the
+    CPU without a copy.
     """
 
     __slots__ = ("data", "grad", "requires_grad", "_node", "__weakref__")
 
     def __init__(self, data, requires_grad=False):
-        self.data = numeric_array(data, requires_grad)
-        self.requires_grad, self.grad = requires_grad, None
+        self.data, self.grad, self.requires_grad = numeric_array(data), None, requires_grad
         self._node = None               # its place in the graph, if an operation made it
+        if requires_grad and self.dtype not in (numpy.float32, numpy.float64):
+            raise TypeError(f"Tensor: only float32 and float64 have a gradient, not {self.dtype}")
 
     def backward(self, gradient=None):
         """Add dL/dp to p.grad, for every parameter p that this Tensor was computed from.
@@ -70,37 +73,73 @@ class Tensor:
         [4.0]
         """
         for leaf, g in leaf_gradients(self, gradient):      # the walk of section 2
+            # A copy: one array may be the gradient of two leaves, and grad may be changed.
             leaf.grad = xp.array(g) if leaf.grad is None else xp.asarray(leaf.grad + g)
+
+
+OPS = {}        # name -> operation; a test demands a gradient check for each
+
+
+def op(function):
+    """Register an operation, and let its errors name it and its operands' shapes."""
+    @functools.wraps(function)
+    def operation(*operands, **options):
+        try:
+            return function(*operands, **options)
+        except Exception as error:
+            if not hasattr(error, "__notes__"):         # the innermost operation says it
+                given = [str(getattr(x, "shape", type(x).__name__)) for x in operands]
+                error.add_note(f"in {function.__name__}: {', '.join(given)}")
+            raise
+    OPS[function.__name__] = operation
+    return operation
 
 
 @op
 def multiply(a, b):
     """a b, element by element."""
-    x, w = arrays(a, b)                 # the operands' arrays, of one dtype
-    return result(x * w, (a, lambda g: g * w), (b, lambda g: g * x))
+    # a and b are operands: Tensors, arrays or numbers. x and w are their arrays (section 3).
+    x, w = arrays(a, b)
+    # The value, and for each operand its VJP. Section 2 says what becomes of them.
+    return record(x * w, (a, lambda g: g * w), (b, lambda g: g * x))
 
 
 # %% 2. The graph
-# The result of an operation gets a node, if any operand needs a gradient. The node lists
-# pairs: the node of such an operand, and the gradient function that carries g back to it.
-# Each pair is an edge. A parameter has no node. It is a leaf, and stands in the pair itself.
+# Each operation ends in record(value, (operand, VJP), …). It returns the value as a Tensor,
+# with a *node* that holds the way back: for each operand that needs a gradient, the operand's
+# node and the VJP that carries g to it. Such a pair is an edge, from result to operand. A
+# parameter has no node, because nothing computed it. It is a *leaf*, and stands in the pair
+# itself.
 #
-#     x ──┐
-#         ├─ multiply ── y ── sum ── L       L.backward() walks the edges, right to left
-#     w ──┘
+#     w ── multiply ── y ─┬─ multiply ── m ── add ── L      y = 2 w,  m = y y,  L = m + y
+#                         ├─────┘              │          backward() walks right to left
+#                         └────────────────────┘
 #
-# A value that is used twice influences L along two paths. The chain rule for several
-# paths is a sum, so gradients add where paths meet.
+# A value that is used several times influences L along several paths. The chain rule for
+# that is a sum, so gradients add where paths meet. A node may pass its gradient on only
+# when all of it has arrived. y must wait for m. The order is found by numbers: each new
+# node gets the next one, so numbers fall along every edge.
 #
-# A node does not hold its result's array. A gradient function holds the arrays that it needs,
-# not copies. Any other array is freed as soon as the program forgets its Tensor. Do not change
-# an array in place before backward(), or the gradients are wrong.
+#     Of the nodes reached, visit the one with the highest number, again and again.
+#     Whatever still has to be visited lies behind a reached node, so its number is lower.
+#     So nothing can pass a gradient to a node after it has been visited.
+#
+# For w = 1.5, so y = 3, `gradients` is after each visit:
+#
+#     start               L: 1
+#     L passes on         m: 1, y: 1          because L = m + y
+#     m passes on         y: 1 + 3 + 3        because m = y y; now y is complete
+#     y passes on         w: 14               because y = 2 w
+#
+# A VJP holds the arrays that it needs, not copies. So do not change an array in place before
+# backward(), nor a slice or a reshaped one, which are views of it: the gradients would be
+# wrong. An array that no VJP needs is freed as soon as the program forgets its Tensor. The
+# others are freed when backward() has visited the node. A second loss that shares a part of
+# the graph finds that part released: add the losses first.
+#
+# VJPs compute with plain arrays, which record nothing. So there are no second derivatives.
 
-class _State(threading.local):
-    recording = True                    # each thread has its own; no_grad() sets it
-
-
-_state, _serial = _State(), itertools.count()
+_recording, _count = True, itertools.count()
 
 
 class _Node:
@@ -109,22 +148,24 @@ class _Node:
     __slots__ = ("edges", "number", "shape")
 
     def __init__(self, edges, shape):
-        self.edges = edges              # ((a node or a leaf, gradient function), …)
-        self.number = next(_serial)     # operands come first: their numbers are lower
-        self.shape = shape
+        self.edges = edges              # ((a node or a leaf, VJP), …)
+        self.number = next(_count)
+        self.shape = shape              # of the gradient that arrives
 
 
-def result(data, *edges):
-    """The Tensor of an operation's value. `edges` are pairs (operand, gradient function).
+def record(value, *edges):
+    """The Tensor of an operation's value, an array. `edges` are pairs (operand, VJP).
 
-    An edge to an operand that needs no gradient is dropped, with the arrays that only it
-    needed.
+    An edge to an operand that needs no gradient is dropped, with the arrays that only its
+    VJP needed. A VJP need not care about broadcasting: where its result has more axes or
+    longer ones than the operand, `unbroadcast` sums over them. And it must not change g,
+    which the other VJPs get too.
     """
     tensor = Tensor.__new__(Tensor)     # without the checks of __init__
-    tensor.data = data if data.ndim else xp.asarray(data)
+    tensor.data = value if value.ndim else xp.asarray(value)    # NumPy's sums are no arrays
     tensor.grad, kept = None, ()
-    if _state.recording:
-        kept = tuple([(x._node or x, gradient_function) for x, gradient_function in edges
+    if _recording:
+        kept = tuple([(x._node or x, vjp) for x, vjp in edges
                       if isinstance(x, Tensor) and x.requires_grad])
     tensor.requires_grad = bool(kept)
     tensor._node = _Node(kept, tensor.data.shape) if kept else None
@@ -134,43 +175,50 @@ def result(data, *edges):
 def leaf_gradients(root, gradient=None):
     """The backward pass: [(leaf, its gradient), …] for every leaf that requires a gradient.
 
-    It visits the youngest of the nodes reached, again and again. Then g is complete. For suppose
-    that node n is visited while m, which still has to pass a gradient to n, is not. Follow a path
-    from `root` to m. Visiting a node reaches the next one. So the first unvisited node on the
-    path has been reached. It is m or younger than m, and so younger than n. It would have been
-    visited before n.
-
     There is no recursion, which in Python ends at a depth of a thousand.
     """
     gradients = {root._node or root: first_gradient(root, gradient)}        # dL/dL = 1
-    reached = [(-root._node.number, root._node)] if root._node else []      # youngest first
+    reached = [(-root._node.number, root._node)] if root._node else []      # a heap
     while reached:
-        _, node = heapq.heappop(reached)
+        _, node = heapq.heappop(reached)                # of the highest number
         g = gradients.pop(node)
         if node.edges is None:
             raise RuntimeError("backward: this graph was released by an earlier "
                                "backward(); compute the value again")
-        for operand, gradient_function in node.edges:
-            part = unbroadcast(gradient_function(g), operand.shape)
+        for operand, vjp in node.edges:
+            contribution = unbroadcast(vjp(g), operand.shape)
             if operand not in gradients:
-                gradients[operand] = part
+                gradients[operand] = contribution
                 if isinstance(operand, _Node):
                     heapq.heappush(reached, (-operand.number, operand))
             else:                       # not +=: another operand may have the same array
-                gradients[operand] = gradients[operand] + part
-        node.edges = None               # released: frees what the gradient functions held
+                gradients[operand] = gradients[operand] + contribution
+        node.edges = None               # frees what the VJPs held
     return list(gradients.items())      # nodes were popped, the leaves are left
+
+
+def first_gradient(root, gradient):
+    """Where the backward pass begins: 1 for a single number, or the gradient that is given."""
+    if not root.requires_grad:
+        raise RuntimeError("backward: nothing this value was computed from requires a gradient "
+                           "(or it was computed inside no_grad())")
+    if gradient is None and root.size == 1:
+        return xp.ones_like(root.data)
+    if numpy.shape(gradient) != root.shape:
+        raise ValueError(f"backward: this has shape {list(root.shape)}; give its gradient, of the "
+                         "same shape, or call it on a single number")
+    return xp.asarray(gradient, root.dtype)
 
 
 def unbroadcast(g, shape):
     """Sum g over the axes along which broadcasting repeated an operand of `shape`.
 
-    Broadcasting uses one element several times, and its gradient is the sum over all
-    uses. [2, 3] + [3] adds the same vector to both rows. So the vector's gradient is g
-    summed over the rows.
+    Broadcasting uses one element several times, and its gradient is the sum over all uses.
+    A bias [2] added to rows [3, 2] is used by all three rows. So its gradient is the sum of
+    the rows of g.
 
-    >>> unbroadcast(numpy.array([[1, 2, 3], [10, 20, 30]]), (3,)).tolist()
-    [11, 22, 33]
+    >>> unbroadcast(numpy.array([[1, 2], [10, 20], [100, 200]]), (2,)).tolist()
+    [111, 222]
     """
     if g.shape == shape:
         return g
@@ -178,12 +226,27 @@ def unbroadcast(g, shape):
     repeated = tuple(axis for axis in range(g.ndim)
                      if axis < new or shape[axis - new] != g.shape[axis])
     if repeated == tuple(range(new)):
-        return leading_sums(g, new)     # the same, faster
+        return leading_sums(g, new)     # a faster sum over the same axes
     return g.sum(axis=repeated).reshape(shape)
 
 
+def joint_edges(function, *operands):
+    """Pairs (operand, VJP) for all operands, where one function of g computes all gradients.
+
+    backward() visits a node once, and calls its VJPs one after the other with the same g. The
+    first call computes all gradients and keeps them, the others take theirs.
+    """
+    gradients = []
+
+    def vjp(i, g):
+        if not gradients:
+            gradients.append(function(g))
+        return gradients[0][i]
+    return [(operand, functools.partial(vjp, i)) for i, operand in enumerate(operands)]
+
+
 def stop_gradient(x):
-    """SG(x) of Transformer-XL (Dai et al. 2019, section 3.2): x as a constant.
+    """x as a constant: the same value, with no way back.
 
     >>> x = Tensor([3.0], requires_grad=True)
     >>> multiply(x, stop_gradient(x)).backward()        # as if it were 3 x
@@ -196,31 +259,75 @@ def stop_gradient(x):
 @contextlib.contextmanager
 def no_grad():
     """Inside `with no_grad():` operations compute values only, and keep nothing."""
-    before, _state.recording = _state.recording, False
+    global _recording
+    before, _recording = _recording, False
     try:
         yield
     finally:
-        _state.recording = before
+        _recording = before
 
 
 # %% 3. The operations
+# Which dtype a result has is decided here, for all operations. Arrays of float32 and float64
+# do not mix: NumPy would silently compute in float64, at half the speed. Python's numbers,
+# lists, integer arrays and NumPy's single numbers take the floating-point dtype beside them.
+#
+# To add an operation: a function marked @op, which ends in record(value, (operand, VJP), …).
+# tests/test_gradients.py then fails until its list of cases has one for the new name.
+
 def value_of(operand):
     return operand.data if isinstance(operand, Tensor) else operand
 
 
+def numeric_array(data):
+    """xp.asarray(data), where that is an array of numbers."""
+    if isinstance(data, Tensor):
+        raise TypeError("this is a Tensor already; .detach() is its value without history")
+    array = xp.asarray(data)
+    if array.dtype.kind not in "fiub":
+        raise TypeError(f"numbers expected, not {data!r:.40}")
+    return array
+
+
 def arrays(*operands):
-    """The operands' arrays, with one dtype: float32 beside float64 is a TypeError. Integers
-    take the floating-point dtype beside them; Python numbers stay as they are."""
-    return same_dtype([value_of(operand) for operand in operands])
+    """The operands' arrays, with one dtype: float32 beside float64 is a TypeError."""
+    values = [value_of(operand) for operand in operands]
+    dtypes = {getattr(value, "dtype", None) for value in values}
+    if len(dtypes) == 1 and None not in dtypes:
+        return values                   # the usual case
+    values = [value.item() if isinstance(value, numpy.generic) else value for value in values]
+    dtypes = {value.dtype for value in values if hasattr(value, "dtype")}
+    floats = sorted(str(dtype) for dtype in dtypes if dtype.kind == "f")
+    if len(floats) > 1:
+        raise TypeError(f"{' and '.join(floats)} do not mix; convert one of them with astype")
+    for i, value in enumerate(values):
+        if not dtypes or not isinstance(value, (int, float)):       # NumPy leaves these as they are
+            array = numeric_array(value)
+            values[i] = array.astype(floats[0], copy=False) if floats else array
+    return values
 
 
-def integers(operand, name, count):
-    """The operand as an array of integers among 0 … count-1."""
+def floating(operand):
+    """The operand's array, of a floating-point dtype: integers become float64."""
+    x, = arrays(operand)
+    return x if x.dtype.kind == "f" else x.astype(numpy.float64)
+
+
+def checked_indices(operand, name, count):
+    """The operand as an array of integers among 0 … count-1.
+
+    NumPy would count negative ones from the end, and CuPy wraps those that are too large.
+    What is on a GPU already is not looked at: that would wait for it.
+    """
     given = value_of(operand)
     given = given if hasattr(given, "dtype") else numpy.asarray(given)
     if given.dtype.kind not in "iu":
         raise TypeError(f"{name} must be integers, not {given.dtype}")
-    within(given, count)
+    if given.size and not (on_a_gpu() and hasattr(given, "get")):
+        least, most = given.min(), given.max()
+        if not 0 <= least <= most < count:
+            wrong = least if least < 0 else most
+            raise IndexError(f"{name}: {wrong} is not one of 0 … {count - 1}")
     return xp.asarray(given)
 
 
@@ -229,62 +336,62 @@ def integers(operand, name, count):
 @op
 def add(a, b):
     x, w = arrays(a, b)
-    return result(x + w, (a, lambda g: g), (b, lambda g: g))
+    return record(x + w, (a, lambda g: g), (b, lambda g: g))
 
 
 @op
 def subtract(a, b):
     x, w = arrays(a, b)
-    return result(x - w, (a, lambda g: g), (b, lambda g: -g))
+    return record(x - w, (a, lambda g: g), (b, lambda g: -g))
 
 
 @op
 def divide(a, b):
     x, w = arrays(a, b)
-    return result(x / w, (a, lambda g: g / w), (b, lambda g: -g * (x / w) / w))
+    return record(x / w, (a, lambda g: g / w), (b, lambda g: -g * (x / w) / w))
+
+
+@op
+def negative(a):
+    x, = arrays(a)
+    return record(-x, (a, lambda g: -g))
 
 
 @op
 def power(a, b):
-    """a ** b. d/da = b a^(b-1), 0 where b = 0. d/db = a^b log a, 0 where a = 0 < b."""
-    x, w = arrays(a, b)
-    x = x if hasattr(x, "dtype") else xp.full((), x, dtype=xp.result_type(x, w))
-    y = x ** w
-    return result(y, (a, lambda g: g * w * x ** (w - (w != 0))),        # w = 0: not 0 ** -1
-                  (b, lambda g: g * y * xp.log(xp.where(x == 0, xp.ones_like(y), x))))
+    """a ** b for a number b. With b = 0 the gradient is 0, at a = 0 too."""
+    x, = arrays(a)
+    b = b.item() if isinstance(b, numpy.generic) else b
+    if not isinstance(b, (int, float)):
+        raise TypeError("the exponent must be a number; for others use exp(b * log(a))")
+    return record(x ** b, (a, lambda g: g * b * x ** (b - 1) if b else g * 0))
 
 
-# Functions of one number. A gradient uses x or y, and only that array is kept.
+# Functions of one number. A VJP uses x or y, and only that array is kept.
 
-def elementary(name, f, of_x=None, of_y=None):
-    """The operation y = f(x), with dL/dx = of_x(x, g) or of_y(y, g)."""
+def unary(name, f, of_x=None, of_y=None):
+    """The operation y = f(x), whose VJP is of_x(x, g) or of_y(y, g)."""
     def operation(a):
         x, = arrays(a)
         y = f(x)
-        gradient = functools.partial(of_x, x) if of_x else functools.partial(of_y, y)
-        return result(y, (a, gradient))
+        vjp = functools.partial(of_x, x) if of_x else functools.partial(of_y, y)
+        return record(y, (a, vjp))
     operation.__name__ = operation.__qualname__ = name
     return op(operation)
 
 
-negative = elementary("negative", lambda x: -x, of_y=lambda y, g: -g)
-# (lambda x: xp.exp(x), not xp.exp: the library may change.)
-exp = elementary("exp", lambda x: xp.exp(x), of_y=lambda y, g: g * y)
-log = elementary("log", lambda x: xp.log(x), of_x=lambda x, g: g / x)
-sqrt = elementary("sqrt", lambda x: xp.sqrt(x), of_y=lambda y, g: g / (2 * y))
-tanh = elementary("tanh", lambda x: xp.tanh(x), of_y=lambda y, g: g * (1 - y * y))
-relu = elementary("relu", lambda x: xp.maximum(x, 0), of_y=lambda y, g: g * (y > 0))
+# (lambda x: xp.exp(x), not xp.exp, because xp stands for the library that was chosen last.)
+exp = unary("exp", lambda x: xp.exp(x), of_y=lambda y, g: g * y)
+log = unary("log", lambda x: xp.log(x), of_x=lambda x, g: g / x)
+sqrt = unary("sqrt", lambda x: xp.sqrt(x), of_y=lambda y, g: g / (2 * y))
+tanh = unary("tanh", lambda x: xp.tanh(x), of_y=lambda y, g: g * (1 - y * y))
+relu = unary("relu", lambda x: xp.maximum(x, 0), of_y=lambda y, g: g * (y > 0))
+# relu(x)^2 (So et al. 2021, arXiv 2109.08668) has a derivative everywhere:
+squared_relu = unary("squared_relu", lambda x: xp.maximum(x, 0) ** 2,
+                     of_x=lambda x, g: 2 * g * xp.maximum(x, 0))
 # 1 / (1 + exp(-x)), as exp(-log(1 + exp(-x))) with a logarithm that does not overflow:
-sigmoid = elementary("sigmoid", lambda x: xp.exp(-xp.logaddexp(xp.zeros_like(x), -x)),
-                     of_y=lambda y, g: g * y * (1 - y))
-
-
-@op
-def squared_relu(a):
-    """relu(x)^2 (So et al. 2021, arXiv 2109.08668). It has a derivative everywhere."""
-    x, = arrays(a)
-    y = xp.maximum(x, 0)
-    return result(y * y, (a, lambda g: 2 * g * y))
+sigmoid = unary("sigmoid", lambda x: xp.exp(-xp.logaddexp(xp.zeros_like(x), -x)),
+                of_y=lambda y, g: g * y * (1 - y))
 
 
 # Selection and shape. These move numbers, so g is moved back to where the numbers came
@@ -295,59 +402,59 @@ def where(condition, a, b):
     """a where the boolean `condition` holds, else b."""
     condition = xp.asarray(value_of(condition)).astype(bool, copy=False)
     x, w = arrays(a, b)
-    return result(xp.where(condition, x, w), (a, lambda g: xp.where(condition, g, 0)),
+    return record(xp.where(condition, x, w), (a, lambda g: xp.where(condition, g, 0)),
                   (b, lambda g: xp.where(condition, 0, g)))
 
 
 @op
-def reshape(a, shape):
+def reshape(a, *shape):
+    """The numbers in another shape: reshape(a, 2, 3) or reshape(a, (2, 3))."""
     x, = arrays(a)
     before = x.shape
-    return result(x.reshape(shape), (a, lambda g: g.reshape(before)))
+    return record(x.reshape(*shape), (a, lambda g: g.reshape(before)))
 
 
 @op
-def transpose(a, axes=None):
+def transpose(a, *axes):
     """The axes in the order `axes`, or reversed. Back: the inverse permutation."""
     x, = arrays(a)
-    axes = list(range(x.ndim)[::-1] if axes is None else axes)
-    places = numpy.arange(x.ndim)[axes]             # an axis may count from the end
-    inverse = numpy.argsort(places).tolist()
-    return result(x.transpose(axes), (a, lambda g: g.transpose(inverse)))
+    y = x.transpose(*axes)
+    order = numpy.ravel(axes or range(x.ndim)[::-1]) % (x.ndim or 1)
+    inverse = numpy.argsort(order).tolist()
+    return record(y, (a, lambda g: g.transpose(inverse)))
 
 
 @op
 def swapaxes(a, axis1, axis2):
     x, = arrays(a)
-    return result(x.swapaxes(axis1, axis2), (a, lambda g: g.swapaxes(axis1, axis2)))
+    return record(x.swapaxes(axis1, axis2), (a, lambda g: g.swapaxes(axis1, axis2)))
 
 
 @op
-def index(a, key):
+def getitem(a, key):
     """a[key], with any of NumPy's indices. An element picked several times gets a sum."""
     x, = arrays(a)
-    parts = tuple(map(value_of, key if isinstance(key, tuple) else (key,)))
-    no_array = all(part is None or part is Ellipsis or isinstance(part, (int, slice))
-                   for part in parts)
+    key = tuple(map(value_of, key if isinstance(key, tuple) else (key,)))
+    basic = all(k is None or k is Ellipsis or isinstance(k, (int, slice)) for k in key)
     shape, dtype = x.shape, x.dtype
 
-    def gradient(g):
+    def vjp(g):
         out = xp.zeros(shape, dtype=dtype)
-        if no_array:                                # no element is picked twice
-            out[parts] = g
+        if basic:                                   # no element is picked twice
+            out[key] = g
         else:
-            xp.add.at(out, parts, g)
+            xp.add.at(out, key, g)
         return out
-    return result(x[parts], (a, gradient))
+    return record(x[key], (a, vjp))
 
 
 @op
 def concatenate(tensors, axis=0):
+    tensors = list(tensors)
     xs = arrays(*tensors)
     *cuts, _ = itertools.accumulate(x.shape[axis] for x in xs)
-    # jointly: the edges to all operands, whose gradients one call computes.
-    return result(xp.concatenate(xs, axis=axis),
-                  *jointly(lambda g: xp.split(g, cuts, axis=axis), *tensors))
+    return record(xp.concatenate(xs, axis=axis),
+                  *joint_edges(lambda g: xp.split(g, cuts, axis=axis), *tensors))
 
 
 @op
@@ -355,24 +462,21 @@ def astype(a, dtype):
     """The only way to change a floating-point dtype. The gradient gets the operand's dtype."""
     x, = arrays(a)
     y, before = x.astype(dtype), x.dtype
-    return result(y, *([(a, lambda g: g.astype(before))] if y.dtype.kind == "f" else []))
+    has_gradient = y.dtype in (numpy.float32, numpy.float64)
+    return record(y, *([(a, lambda g: g.astype(before))] if has_gradient else []))
 
 
-# Reductions. `axis` is None for all, an integer or a tuple. Every element that was summed
-# gets the sum's g. In this file `sum` and `max` are these; Python's own are in `builtins`.
-
-def _spread(shape, axis, keepdims):
-    """A function that repeats g along the axes that were reduced: a view of `shape`."""
-    def spread(g):
-        kept = g if axis is None or keepdims else xp.expand_dims(g, axis)
-        return xp.broadcast_to(kept, shape)
-    return spread
-
+# Reductions. `axis` is None for all, an integer or a tuple. Axes that are reduced stay with
+# size 1 at first, so that g can be broadcast along them. In this file `sum` and `max` are
+# these; Python's own are in `builtins`.
 
 @op
 def sum(a, axis=None, keepdims=False):
+    """Every element that was summed gets the sum's g."""
     x, = arrays(a)
-    return result(x.sum(axis=axis, keepdims=keepdims), (a, _spread(x.shape, axis, keepdims)))
+    total, shape = x.sum(axis=axis, keepdims=True), x.shape
+    y = record(total, (a, lambda g: xp.broadcast_to(g, shape)))
+    return y if keepdims else reshape(y, total.squeeze(axis).shape)
 
 
 @op
@@ -386,12 +490,13 @@ def mean(a, axis=None, keepdims=False):
 def max(a, axis=None, keepdims=False):
     """Elements that tie share the gradient equally."""
     x, = arrays(a)
-    top, spread = x.max(axis=axis, keepdims=True), _spread(x.shape, axis, keepdims)
+    top = x.max(axis=axis, keepdims=True)
 
-    def gradient(g):
+    def vjp(g):
         chosen = (x == top).astype(x.dtype)
-        return chosen * spread(g) / chosen.sum(axis=axis, keepdims=True)
-    return result(top if keepdims else top.squeeze(axis), (a, gradient))
+        return chosen * g / chosen.sum(axis=axis, keepdims=True)
+    y = record(top, (a, vjp))
+    return y if keepdims else reshape(y, top.squeeze(axis).shape)
 
 
 # Matrix products. With Y = X W, Y[i,j] = sum_k X[i,k] W[k,j]:
@@ -405,18 +510,17 @@ def matmul(a, b):
     x, w = arrays(a, b)
     if not (getattr(x, "ndim", 0) and getattr(w, "ndim", 0)):
         raise ValueError("a number has no matrix product; use *")
-    if x.ndim == 1:                                 # a vector on the left is a row
-        row = matmul(reshape(a, (1, -1)), b)
-        return reshape(row, () if w.ndim == 1 else w.shape[:-2] + w.shape[-1:])
     if w.ndim == 1:                                 # a vector on the right is a column
-        return reshape(matmul(a, reshape(b, (-1, 1))), x.shape[:-1])
-    if w.ndim == 2:                                 # a stack's rows all meet w: one product
+        return reshape(matmul(a, reshape(b, -1, 1)), x.shape[:-1])
+    if x.ndim == 1:                                 # a vector on the left is a row
+        return reshape(matmul(reshape(a, 1, -1), b), w.shape[:-2] + w.shape[-1:])
+    if w.ndim == 2:                                 # all rows of a stack meet w: one product
         rows, m, shape = math.prod(x.shape[:-1]), w.shape[1], x.shape
         flat = x.reshape(rows, shape[-1])
-        return result((flat @ w).reshape(shape[:-1] + (m,)),
+        return record((flat @ w).reshape(shape[:-1] + (m,)),
                       (a, lambda g: (g.reshape(rows, m) @ w.T).reshape(shape)),
                       (b, lambda g: flat.T @ g.reshape(rows, m)))
-    return result(x @ w, (a, lambda g: g @ w.swapaxes(-1, -2)),
+    return record(x @ w, (a, lambda g: g @ w.swapaxes(-1, -2)),
                   (b, lambda g: x.swapaxes(-1, -2) @ g))
 
 
@@ -424,17 +528,22 @@ def matmul(a, b):
 def embedding(table, ids):
     """Rows of `table`, picked by `ids`: table [V, D], integers ids [...] -> [..., D]."""
     x, = arrays(table)
-    ids = integers(ids, "ids", len(x))
-    shape = x.shape
-    return result(x[ids], (table, lambda g: sum_by_id(g, ids, shape)))      # xp.add.at, section 6
+    ids, shape = checked_indices(ids, "ids", len(x)), x.shape
+
+    def vjp(g):
+        out = xp.zeros(shape, dtype=g.dtype)
+        xp.add.at(out, ids, g)                      # a row picked several times gets a sum
+        return out
+    return record(x[ids], (table, vjp))
 
 
-# The softmax and its relatives. With y = softmax(x), y[j] = exp(x[j]) / sum_k exp(x[k]):
+# The softmax and its relatives. With y = softmax(x), y[j] = exp(x[j]) / sum_k exp(x[k]).
+# [i = j] is 1 where i = j and 0 elsewhere:
 #
-#     log y[j] = x[j] - log sum_k exp(x[k])       d log y[j] / dx[i] = 1[i = j] - y[i]
+#     log y[j] = x[j] - log sum_k exp(x[k])       d log y[j] / dx[i] = [i = j] - y[i]
 #
-# So dy[j]/dx[i] = y[j] (1[i = j] - y[i]). L depends on x[i] through every y[j], so these
-# add:
+# Because dy = y d log y, dy[j]/dx[i] = y[j] ([i = j] - y[i]). L depends on x[i] through
+# every y[j], so these add:
 #
 #     dL/dx[i] = sum_j g[j] dy[j]/dx[i] = y[i] (g[i] - sum_j g[j] y[j])
 #
@@ -450,23 +559,25 @@ def softmax(a, mask=None):
     >>> softmax(Tensor([[0.0, math.log(3.0)], [1000.0, 1000.0]])).numpy().round(12).tolist()
     [[0.25, 0.75], [0.5, 0.5]]
     """
-    x, = arrays(a)
+    x = floating(a)
     limits = xp.finfo(x.dtype)
     if mask is not None:
-        x = xp.where(mask, x.dtype.type(-math.inf), x)
-    y = x - xp.maximum(x.max(axis=-1, keepdims=True), limits.min)   # not -inf - -inf
+        x = xp.where(value_of(mask), x.dtype.type(-math.inf), x)
+    # In a row of -inf the largest is -inf too, and -inf - -inf is NaN. So subtract at least
+    # the lowest finite number. Such a row sums to 0, so divide by at least a tiny number.
+    y = x - xp.maximum(x.max(axis=-1, keepdims=True), limits.min)
     xp.exp(y, out=y)
-    y /= xp.maximum(row_sums(y), limits.tiny)                       # not 0 / 0
-    return result(y, (a, lambda g: (g - row_dots(g, y)) * y))
+    y /= xp.maximum(row_sums(y), limits.tiny)
+    return record(y, (a, lambda g: (g - row_dots(g, y)) * y))
 
 
 @op
 def log_softmax(a):
     """log softmax(x) over the last axis. dL/dx[i] = g[i] - softmax(x)[i] sum_j g[j]."""
-    x, = arrays(a)
+    x = floating(a)
     y = x - x.max(axis=-1, keepdims=True)
     y -= xp.log(row_sums(xp.exp(y)))
-    return result(y, (a, lambda g: g - xp.exp(y) * row_sums(g)))
+    return record(y, (a, lambda g: g - xp.exp(y) * row_sums(g)))
 
 
 @op
@@ -476,9 +587,13 @@ def cross_entropy(logits, targets, confidence_penalty=0.0):
     logits [..., V], integer targets [...]. With N positions the gradient is
     (softmax(logits) - onehot(target)) / N: what the model believes, minus what was true.
 
-    A confidence penalty c (Pereyra et al. 2017) subtracts c H, where H = -sum_v p[v] log p[v]
-    is the entropy of p = softmax(logits). With dH/dlogits = -p (log p + H), p in the gradient
-    becomes p (1 + c (log p + H)).
+    A confidence penalty c (Pereyra et al. 2017) subtracts c times the mean entropy
+    H = -sum_v p[v] log p[v] of p = softmax(logits). Certainty then costs something. With
+    dp[v]/dlogits[i] = p[v] ([i = v] - p[i]):
+
+        dH/dlogits[i] = -sum_v (log p[v] + 1) dp[v]/dlogits[i] = -p[i] (log p[i] + H)
+
+    So p[i] in the gradient becomes p[i] (1 + c (log p[i] + H)).
 
     >>> logits = Tensor([[0.0, 0.0, 0.0, 0.0]], requires_grad=True)
     >>> loss = cross_entropy(logits, [2])
@@ -488,46 +603,47 @@ def cross_entropy(logits, targets, confidence_penalty=0.0):
     >>> logits.grad.tolist()
     [[0.25, 0.25, -0.75, 0.25]]
     """
-    x, = arrays(logits)
-    targets = integers(targets, "targets", x.shape[-1])
+    x = floating(logits)
+    targets = checked_indices(targets, "targets", x.shape[-1])
     if targets.shape != x.shape[:-1]:
-        raise ValueError(f"targets must have the shape {list(x.shape[:-1])}, "
-                         "one for each row of logits")
+        raise ValueError(f"targets must have the shape {list(x.shape[:-1])}, one for each row "
+                         f"of logits, not {list(targets.shape)}")
     rows, columns = xp.arange(targets.size), targets.reshape(-1)
     log_p = log_softmax(x.reshape(targets.size, x.shape[-1])).data
     loss = -log_p[rows, columns].mean()
     if confidence_penalty:
-        entropy = -row_dots(xp.exp(log_p), log_p)
+        finite_log_p = xp.maximum(log_p, -1e30)             # 0 log 0 is 0, not 0 times infinity
+        entropy = -row_dots(xp.exp(log_p), finite_log_p)
         loss -= confidence_penalty * entropy.mean()
 
-    def gradient(g):
-        difference = xp.exp(log_p)
+    def vjp(g):
+        d_logits = xp.exp(log_p)
         if confidence_penalty:
-            difference *= 1 + confidence_penalty * (log_p + entropy)
-        difference[rows, columns] -= 1
-        difference *= g / targets.size
-        return difference.reshape(targets.shape + log_p.shape[1:])
-    return result(loss, (logits, gradient))
+            d_logits *= 1 + confidence_penalty * (finite_log_p + entropy)
+        d_logits[rows, columns] -= 1
+        d_logits *= g / targets.size
+        return d_logits.reshape(targets.shape + log_p.shape[1:])
+    return record(loss, (logits, vjp))
 
 
 # Layer normalisation (Ba et al. 2016) gives every row of n numbers mean 0 and variance 1.
-# Then come a learned gain and a learned bias. With s = 1 / sqrt(variance + eps) and
-# z = (x - mean) s:
+# With s = 1 / sqrt(variance + eps) and z = (x - mean) s:
 #
 #     dvariance/dx[i] = 2/n (x[i] - mean) = 2/n z[i] / s
 #         The mean's dependence on x[i] contributes 0, because deviations sum to 0.
 #     ds/dx[i] = -1/2 s^3 dvariance/dx[i] = -s^2 z[i] / n
-#     dz[j]/dx[i] = s (1[i = j] - 1/n) + (z[j] / s) ds/dx[i]
-#                 = s (1[i = j] - 1/n - z[j] z[i] / n)
+#     dz[j]/dx[i] = s ([i = j] - 1/n) + (z[j] / s) ds/dx[i]
+#                 = s ([i = j] - 1/n - z[j] z[i] / n)
 #     dL/dx[i] = sum_j g[j] dz[j]/dx[i] = s (g[i] - mean(g) - z[i] mean(g z))
 #
-# eps keeps a constant row from a division by 0. Shifting a row, or stretching it about its
-# mean, leaves z as it is, but for eps. So L does not change along (1, …, 1) and along
-# x - mean, and dL/dx is orthogonal to both.
+# eps, a small number, keeps a constant row from a division by 0. A row that is shifted has
+# the same z, so L does not change in the direction (1, …, 1), and dL/dx is orthogonal to it.
+# But for eps the same holds for stretching a row about its mean, the direction x - mean.
 
-@gpu_form
-def normalised_rows(x, eps):
+def layer_norm_forward(x, eps):
     """z and s of every row (last axis)."""
+    if on_a_gpu():
+        return gpu.layer_norm_forward(x, eps)
     n = x.shape[-1] or 1
     z = x - row_sums(x) / n
     s = 1 / xp.sqrt(row_dots(z, z) / n + eps)
@@ -535,9 +651,10 @@ def normalised_rows(x, eps):
     return z, s
 
 
-@gpu_form
-def normalise_gradient(g, z, s):
+def layer_norm_backward(g, z, s):
     """s (g - mean(g) - z mean(g z))"""
+    if on_a_gpu():
+        return gpu.layer_norm_backward(g, z, s)
     n = g.shape[-1] or 1
     h = z * (row_dots(g, z) / -n)
     h += g
@@ -547,17 +664,13 @@ def normalise_gradient(g, z, s):
 
 
 @op
-def normalise(a, eps=1e-5):
-    """z of every row (last axis)."""
-    x, = arrays(a)
-    z, s = normalised_rows(x, eps)
-    return result(z, (a, lambda g: normalise_gradient(g, z, s)))
-
-
-@op
-def layer_norm(a, gain, bias, eps=1e-5):
-    """Layer normalisation over the last axis: a [..., D], gain [D], bias [D]."""
-    return normalise(a, eps) * gain + bias
+def layer_norm(a, gain=None, bias=None, eps=1e-5):
+    """z gain + bias for every row of a [..., D], with learned gain [D] and bias [D]; or z."""
+    x = floating(a)
+    z, s = layer_norm_forward(x, eps)
+    y = record(z, (a, lambda g: layer_norm_backward(g, z, s)))
+    y = y if gain is None else y * gain
+    return y if bias is None else y + bias
 
 
 @op
@@ -573,42 +686,45 @@ def dropout(a, p, generator):
     if generator is None or p == 0:
         return a if isinstance(a, Tensor) else Tensor(x)
     u = generator.random(x.shape, dtype=xp.float32)
-    y, factor = drop(x, u, p)                       # x factor, where factor = (u >= p) / (1 - p)
-    return result(y, (a, lambda g: g * factor))
+    y, factor = dropped(x, u, p)
+    return record(y, (a, lambda g: g * factor))
+
+
+def dropped(x, u, p):
+    """x factor and factor, where factor is 0 with probability p: where u in [0, 1) is below p."""
+    if on_a_gpu() and x.dtype == u.dtype:
+        return gpu.dropped(x, u, x.dtype.type(p), x.dtype.type(1 / (1 - p)))
+    factor = (u >= p).astype(xp.result_type(x, u)) * float(1 / (1 - p))
+    return x * factor, factor
 
 
 # %% 4. The notation
-# What an array offers, on Tensor.
+# What an array offers, on Tensor. It is attached here, because operations are functions: so
+# each could stand beside its VJP, in the order of difficulty.
 
-def _shape_given(shape):
-    """reshape(2, 3) and reshape((2, 3)) mean the same."""
-    return shape[0] if shape and isinstance(shape[0], (tuple, list)) else shape
-
-
-Tensor.__add__, Tensor.__radd__ = add, lambda self, other: add(other, self)
-Tensor.__sub__, Tensor.__rsub__ = subtract, lambda self, other: subtract(other, self)
-Tensor.__mul__, Tensor.__rmul__ = multiply, lambda self, other: multiply(other, self)
-Tensor.__truediv__, Tensor.__rtruediv__ = divide, lambda self, other: divide(other, self)
-Tensor.__pow__, Tensor.__rpow__ = power, lambda self, other: power(other, self)
-Tensor.__matmul__, Tensor.__rmatmul__ = matmul, lambda self, other: matmul(other, self)
-Tensor.__neg__, Tensor.__getitem__ = negative, index
-Tensor.__array_ufunc__ = None                       # array * tensor calls Tensor.__rmul__
+for _name, _function in dict(add=add, sub=subtract, mul=multiply, truediv=divide, pow=power,
+                             matmul=matmul).items():
+    setattr(Tensor, f"__{_name}__", _function)
+    setattr(Tensor, f"__r{_name}__", lambda self, other, f=_function: f(other, self))
+for _name in ("exp log sqrt tanh relu squared_relu sigmoid softmax log_softmax sum mean max "
+              "reshape transpose swapaxes astype").split():
+    setattr(Tensor, _name, OPS[_name])
+for _name in ("shape", "ndim", "size", "dtype"):
+    setattr(Tensor, _name, property(lambda self, name=_name: getattr(self.data, name)))
+Tensor.__neg__, Tensor.__getitem__ = negative, getitem
+Tensor.T, Tensor.detach = property(transpose), stop_gradient
+Tensor.item = lambda self: self.data.item()         # the one value, as a Python number
+Tensor.numpy = lambda self: to_numpy(self.data)     # the values, as a NumPy array
 Tensor.__len__ = lambda self: len(self.data)
 Tensor.__iter__ = lambda self: (self[i] for i in range(len(self)))
 Tensor.__bool__ = lambda self: bool(self.data)
-Tensor.__int__, Tensor.__float__ = lambda self: int(self.item()), lambda self: float(self.item())
-Tensor.__format__ = lambda self, form: format(self.item(), form) if form else repr(self)
+Tensor.__float__ = lambda self: float(self.item())
 Tensor.__repr__ = lambda self: (
     f"Tensor({self.data!r}{', requires_grad=True' if self.requires_grad else ''})")
 
-
-def _comparison(name):
-    """x < y and its like: a Tensor of booleans, which have no gradient."""
-    return lambda self, other: Tensor(getattr(self.data, name)(value_of(other)))
-
-
-for _name in ("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"):
-    setattr(Tensor, _name, _comparison(_name))
+for _name in ("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"):      # booleans
+    setattr(Tensor, _name, lambda self, other, name=_name: Tensor(
+        getattr(self.data, name)(value_of(other))))
 Tensor.__hash__ = object.__hash__                   # as a key a Tensor is itself, not its values
 
 
@@ -618,30 +734,7 @@ def _no_array(self, *_, **__):
 
 
 Tensor.__array__ = Tensor.__array_function__ = _no_array
-
-
-def _deepcopy(self, memo):
-    if self._node:                      # the graph would be copied, with the leaves it leads to
-        raise TypeError("copy.deepcopy: this Tensor was computed from others; copy .detach()")
-    copy = Tensor(self.data.copy(), self.requires_grad)
-    copy.grad = None if self.grad is None else self.grad.copy()
-    return memo.setdefault(id(self), copy)
-
-
-Tensor.__deepcopy__ = _deepcopy
-Tensor.sum, Tensor.mean, Tensor.max = sum, mean, max
-Tensor.swapaxes, Tensor.astype = swapaxes, astype
-Tensor.reshape = lambda self, *shape: reshape(self, _shape_given(shape))
-Tensor.transpose = lambda self, *axes: transpose(self, _shape_given(axes) or None)
-Tensor.T = property(transpose)
-
-Tensor.shape = property(lambda self: self.data.shape)
-Tensor.ndim = property(lambda self: self.data.ndim)
-Tensor.size = property(lambda self: self.data.size)
-Tensor.dtype = property(lambda self: self.data.dtype)
-Tensor.item = lambda self: self.data.item()         # the one value, as a Python number
-Tensor.numpy = lambda self: to_numpy(self.data)     # the values, as a NumPy array
-Tensor.detach = stop_gradient
+Tensor.__array_ufunc__ = None                       # array * tensor calls Tensor.__rmul__
 
 
 # %% 5. The proof
@@ -649,10 +742,12 @@ Tensor.detach = stop_gradient
 #
 #     f'(x)  is about  (f(x + eps) - f(x - eps)) / (2 eps)
 #
-# The difference is eps^2 f'''/6, and rounding, about 1e-16 |f| / eps. In float64 with
-# eps = 1e-5 both are near 1e-11 where f and f''' are near 1. So even a small mistake shows. In
-# float32 rounding alone would be 6e-8 / 1e-5 = 6e-3, which hides it: float32 is refused. Where f
-# has a kink, like relu at 0, there is no derivative to agree on. Random inputs miss those.
+# The error is eps^2 f'''/6, plus rounding, about 1e-16 |f| / eps. In float64 with eps = 1e-5
+# both are near 1e-11 where f and f''' are near 1. A mistake (a sign, a factor, an index) is
+# as large as the gradient itself, say 1e-2. So the tolerance, 1e-7 and a millionth of the
+# value, lies far from both. In float32 rounding alone would be 6e-8 / 1e-5 = 6e-3, which
+# hides mistakes: float32 is refused. Where f has a kink, like relu at 0, there is no
+# derivative to agree on. Random inputs miss those.
 
 class GradientError(AssertionError):
     """backward() and finite differences disagree."""
@@ -668,15 +763,13 @@ def check_gradients(f, inputs, eps=1e-5, rtol=1e-6, atol=1e-7, samples=None, see
 
     The loss is a randomly weighted sum of f's elements, in which errors do not cancel.
     Returns the largest difference. Raises GradientError with the worst element where a
-    difference exceeds atol + rtol |value|, and TypeError where an input is not float64 or
-    requires no gradient.
+    difference exceeds atol + rtol |value|.
     """
     if not isinstance(inputs, dict):
         inputs = {f"input {i}": tensor for i, tensor in enumerate(inputs)}
     for name, tensor in inputs.items():
         if tensor.dtype != numpy.float64 or not tensor.requires_grad:
-            raise TypeError(f"check_gradients: {name} must be float64 with requires_grad, "
-                            f"is {tensor!r:.80}")
+            raise TypeError(f"check_gradients: {name} must be float64 with requires_grad")
         tensor.grad = None
     rng = numpy.random.default_rng(seed)
     y = f(*inputs.values())
@@ -693,13 +786,12 @@ def check_gradients(f, inputs, eps=1e-5, rtol=1e-6, atol=1e-7, samples=None, see
         if samples is not None and samples < len(places):
             places = [places[i] for i in rng.choice(len(places), samples, replace=False)]
         for place in places:
-            here = tensor.data[place].item()
-            tensor.data[place] = here + eps
-            above = loss()
-            tensor.data[place] = here - eps
-            below = loss()
+            here, losses = tensor.data[place].item(), []
+            for moved in (here + eps, here - eps):
+                tensor.data[place] = moved
+                losses.append(loss())
             tensor.data[place] = here
-            numeric = (above - below) / (2 * eps)
+            numeric = (losses[0] - losses[1]) / (2 * eps)
             by_backward = 0.0 if tensor.grad is None else tensor.grad[place].item()
             difference = abs(numeric - by_backward)
             largest = builtins.max(largest, difference)
@@ -713,103 +805,31 @@ def check_gradients(f, inputs, eps=1e-5, rtol=1e-6, atol=1e-7, samples=None, see
     return largest
 
 
-# %% 6. The same operations, faster
-# Each function names what it equals, and a test compares the two.
-
-@op
-def linear(a, weight, bias, before=None):
-    """a @ weight + bias; with `before` concatenate([before, a], axis=1) @ weight + bias.
-
-    a [..., n], weight [n, m], bias [m]. The bias is added in place. Its gradient is g, which
-    backward() sums over the rows.
-
-    before   a constant [B, M, n], whose rows come before those of a [B, T, n]: the memory of
-             Transformer-XL. They count in the gradients of weight and bias. `before` gets none
-             itself, which makes a product smaller
-    """
-    x, w, b = arrays(a, weight, bias)
-    shape, M = x.shape, 0
-    if before is not None:
-        M = before.shape[1]
-        x = xp.concatenate(arrays(before, x), axis=1)
-    rows, m = math.prod(x.shape[:-1]), w.shape[1]
-    flat = x.reshape(rows, x.shape[-1])
-    y = flat @ w
-    y += b
-
-    def gradient_of_a(g):
-        g = g[:, M:] if M else g
-        return (g.reshape(math.prod(shape[:-1]), m) @ w.T).reshape(shape)
-    return result(y.reshape(x.shape[:-1] + (m,)), (a, gradient_of_a),
-                  (weight, lambda g: flat.T @ g.reshape(rows, m)), (bias, lambda g: g))
-
-
-@op
-def activated(a, weight, bias, name):
-    """relu(a @ weight + bias), or squared_relu(…), as `name` says."""
-    x, w, b = arrays(a, weight, bias)
-    rows, shape = math.prod(x.shape[:-1]), x.shape
-    flat = x.reshape(rows, shape[-1])
-    t, y = activate(flat @ w, b, name)
-
-    def gradients(g):
-        h = activation_gradient(g.reshape(t.shape), t, name)
-        return (h @ w.T).reshape(shape), flat.T @ h, h
-    return result(y.reshape(shape[:-1] + w.shape[1:]), *jointly(gradients, a, weight, bias))
-
-
-def fold(gain, bias, weight):
-    """(W', b') with z @ W' + b' = (z * gain + bias) @ weight.
-
-        W' = diag(gain) weight          b' = bias weight
-
-    Gain and bias of a layer normalisation are the same for all rows. So the matrix that
-    multiplies next can absorb them. fold is made of operations, so backward() reaches gain,
-    bias and weight.
-    """
-    return reshape(gain, (-1, 1)) * weight, bias @ weight
-
-
-def sum_by_id(g, ids, shape):
-    """Zeros of `shape` [V, D], to whose row ids[i] every g[i] is added. xp.add.at does this.
-
-    For a small table a product is several times faster. table[ids] is P @ table, where row i
-    of P has a 1 at ids[i] and zeros elsewhere. So the gradient of table is P^T g.
-    """
-    if len(shape) != 2 or shape[0] > 512:
-        out = xp.zeros(shape, dtype=g.dtype)
-        xp.add.at(out, ids, g)
-        return out
-    picked = xp.eye(shape[0], dtype=g.dtype)[ids.reshape(-1)]
-    return picked.T @ g.reshape(ids.size, shape[1])
-
-
-# `from autograd import *` leaves Python's own sum and max as they are.
-__all__ = ["GradientError", "Tensor", "check_gradients", "fold", "no_grad", "stop_gradient",
-           "to_numpy", "use_device", "xp", *sorted(OPS.keys() - {"sum", "max"})]
-
-
-# %% 7. A walk through it
+# %% 6. A walk through it
 # `python autograd.py` runs this section.
 
 def walk_through():
-    print("1. A gradient by hand and by backward().\n"
-          "   L = sum_i (w_i x_i)^2        dL/dw_i = 2 w_i x_i^2")
-    w, x = Tensor([1.0, 2.0, 3.0], requires_grad=True), Tensor([4.0, 5.0, 6.0])
-    loss = ((w * x) ** 2).sum()
-    loss.backward()
-    print(f"   by hand      {2 * w.numpy() * x.numpy() ** 2}\n   backward()   {w.grad}")
+    print("1. Training: w x comes near 3 x.       L = mean_i (w x_i - 3 x_i)^2")
+    w, x = Tensor([0.0], requires_grad=True), Tensor([1.0, 2.0])
+    for step in range(4):
+        loss = ((w * x - 3 * x) ** 2).mean()
+        w.grad = None                           # because backward() adds to it
+        loss.backward()
+        by_hand = (2 * (w.item() - 3) * x.numpy() ** 2).mean()
+        print(f"   w {w.item():.3f}   L {loss.item():7.4f}   "
+              f"dL/dw {w.grad[0]:7.3f}, by hand {by_hand:7.3f}")
+        w.data -= 0.15 * w.grad                 # in place, after backward()
 
     print("\n2. The proof, for a layer normalisation between two products.")
     rng = numpy.random.default_rng(0)
     inputs = [Tensor(rng.normal(size=shape), requires_grad=True)
               for shape in ((4, 3), (3, 5), (5,), (5,), (5, 2))]
     error = check_gradients(lambda x, W, a, b, V: layer_norm(x @ W, a, b) @ V, inputs)
-    numbers = builtins.sum(x.size for x in inputs)
-    print(f"   largest difference over {numbers} numbers: {error:.1e}")
+    count = builtins.sum(x.size for x in inputs)
+    print(f"   largest difference over {count} numbers: {error:.1e}")
     print("   x^2 with the factor 2 forgotten (a random weight multiplies both numbers):")
     try:
-        check_gradients(lambda x: result(x.data ** 2, (x, lambda g: g * x.data)),
+        check_gradients(lambda x: record(x.data ** 2, (x, lambda g: g * x.data)),
                         [Tensor([3.0], requires_grad=True)])
     except GradientError as wrong:
         print(f"   {wrong}")

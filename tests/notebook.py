@@ -1,11 +1,8 @@
 """Run transformer_xl.ipynb in a real kernel (needs nbclient, ipykernel and matplotlib).
 
-    python tests/notebook.py                with few steps on a small text; and after it the
-                                            cells of the three files, one by one, in a kernel
+    python tests/notebook.py                with few steps on a small text
     python tests/notebook.py --store        with its own settings; stores the outputs in it
-    python tests/notebook.py --times 20     the first, so often: that it never hangs
 """
-import argparse
 import json
 import pathlib
 import sys
@@ -13,7 +10,6 @@ import tempfile
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 NOTEBOOK = ROOT / "transformer_xl.ipynb"
-FILES = ("autograd.py", "txl.py", "train_shakespeare.py")
 TEXT = "".join(f"ROMEO:\nSpeak, citizen {n % 7}; we are all resolved.\n\n" for n in range(600))
 
 
@@ -31,12 +27,6 @@ def short_settings(folder, device="cpu"):
     return f"DEVICE, DATA, STEPS, TRY_STEPS = {device!r}, {str(text)!r}, 6, 20\nuse_device(DEVICE)"
 
 
-def cells_of(file):
-    """The `# %%` cells of a file."""
-    text = (ROOT / file).read_text(encoding="utf-8")
-    return ["# %%" + cell for cell in ("\n" + text).split("\n# %%")[1:]]
-
-
 def execute(notebook, folder):
     """Run a notebook's cells in a kernel that begins in the folder."""
     import nbclient
@@ -50,14 +40,11 @@ def run_short():
     with tempfile.TemporaryDirectory() as folder:
         at = next(i for i, cell in enumerate(notebook.cells)
                   if "settings" in cell.metadata.get("tags", []))
-        path = f"import sys\nsys.path.insert(0, {str(ROOT)!r})"
         new = nbformat.v4.new_code_cell
         notebook.cells.insert(at + 1, new(short_settings(folder)))
-        notebook.cells.insert(0, new(path))
+        notebook.cells.insert(0, new(f"import sys\nsys.path.insert(0, {str(ROOT)!r})"))
         execute(notebook, folder)
-        for file in FILES:
-            cells = [new(cell) for cell in [path, *cells_of(file)]]
-            execute(nbformat.v4.new_notebook(cells=cells), folder)
+    print(f"every cell of {NOTEBOOK.name} has run")
 
 
 def store():
@@ -70,20 +57,5 @@ def store():
     nbformat.write(notebook, NOTEBOOK)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--store", action="store_true")
-    parser.add_argument("--times", type=int, default=1)
-    args = parser.parse_args()
-    if args.store:
-        store()
-        return
-    for n in range(args.times):
-        run_short()
-        print(f"run {n + 1}: every cell of {NOTEBOOK.name} and of {', '.join(FILES)} has run",
-              flush=True)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    store() if sys.argv[1:] == ["--store"] else run_short()

@@ -1,23 +1,44 @@
-"""A stand-in for CuPy on machines without a GPU: NumPy behind arrays that are as strict as CuPy's.
+"""Two stand-ins for CuPy on machines without a GPU: NumPy behind arrays as strict as CuPy's.
 
 A CuPy array does not mix with a NumPy array and is not converted to one unless asked
 (`.get()`); NumPy's functions refuse it. Code that passes device data to `numpy` by mistake
-works on the CPU and fails on the GPU. With this library in the place of `xp` it fails on any
-machine. What the arrays compute is NumPy's result, bit for bit.
+works on the CPU and fails on the GPU. With these libraries in the place of `xp` it fails on
+any machine.
+
+    Library     what it computes is NumPy's result, bit for bit
+    Cuda        has CuPy's name, so that everything goes the way of a GPU: it compiles the
+                kernels for the processor, and has a few lines in the place of cuBLAS
+
+`with device("standin")` and `with device("cuda")` compute by them; "cpu" and "gpu" are real.
 """
+import contextlib
+import ctypes
+import functools
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from types import SimpleNamespace
+from unittest import mock
+
 import numpy
+import pytest
+
+import backend
+import gpu
+from backend import use_device, xp
 
 
-def refuse(value, where):
-    if isinstance(value, (numpy.ndarray, numpy.generic)) and getattr(value, "ndim", 0) > 0:
-        raise TypeError(f"stand-in array library: {where} got a NumPy array; CuPy would refuse it")
-
+# %% Strict arrays
 
 def unwrap(value, where):
     """The NumPy value of an argument; a NumPy array among the arguments is refused."""
-    refuse(value, where)
     if isinstance(value, Array):
         return value._values
+    if isinstance(value, numpy.ndarray) and value.ndim:
+        raise TypeError(f"stand-in: {where} got a NumPy array; CuPy would refuse it")
     if isinstance(value, (list, tuple)):
         return type(value)(unwrap(part, where) for part in value)
     return value
@@ -47,16 +68,8 @@ class Array:
     def get(self):
         return self._values.copy()
 
-    shape = property(lambda self: self._values.shape)
-    ndim = property(lambda self: self._values.ndim)
-    size = property(lambda self: self._values.size)
-    dtype = property(lambda self: self._values.dtype)
     T = property(lambda self: Array(self._values.T))
-    strides = property(lambda self: self._values.strides)
-    base = property(lambda self: self._values.base)
-
-    def __len__(self):
-        return len(self._values)
+    data = property(lambda self: SimpleNamespace(ptr=self._values.ctypes.data))
 
     def __iter__(self):
         return map(wrap, self._values)
@@ -64,20 +77,14 @@ class Array:
     def __repr__(self):
         return f"standin.{self._values!r}"
 
-    def __bool__(self):
-        return bool(self._values)
-
-    def __int__(self):
-        return int(self._values)
-
-    def __float__(self):
-        return float(self._values)
-
     def __getitem__(self, key):
         return wrap(self._values[unwrap(key, "indexing")])
 
     def __setitem__(self, key, value):
         self._values[unwrap(key, "indexing")] = unwrap(value, "assignment")
+
+
+PYTHONS = "__len__", "__bool__", "__int__", "__float__", "item", "tolist"
 
 
 def _forward(name):
@@ -91,15 +98,17 @@ def _forward(name):
             if answer is not self._values:  # NumPy gives a scalar where a 0-d array was meant
                 self._values[...] = answer
             return self
-        return answer if name in ("item", "tolist") else wrap(answer)
+        return answer if name in PYTHONS else wrap(answer)
     return method
 
 
+for _name in "shape ndim size dtype itemsize strides base".split():
+    setattr(Array, _name, property(lambda self, name=_name: getattr(self._values, name)))
 for _name in ("add sub mul truediv pow mod matmul radd rsub rmul rtruediv rpow rmatmul iadd isub "
               "imul itruediv neg invert or and eq ne lt le gt ge").split():
     setattr(Array, f"__{_name}__", _forward(f"__{_name}__"))
-for _name in ("sum mean max any all reshape squeeze transpose swapaxes astype copy argmax cumsum "
-              "item tolist").split():
+for _name in (*PYTHONS, *"sum mean max min any all reshape squeeze transpose swapaxes astype "
+              "copy argmax cumsum".split()):
     setattr(Array, _name, _forward(_name))
 Array.__hash__ = None
 
@@ -125,73 +134,238 @@ class Function:
         return Function(getattr(self.function, name))
 
 
-class Generator:
-    """xp.random.default_rng: numbers made on the device."""
-
-    def __init__(self, seed):
-        self.generator = numpy.random.default_rng(seed)
-
-    def random(self, shape, dtype):
-        return wrap(self.generator.random(shape, dtype=dtype))
-
-
-class _Random:
-    default_rng = staticmethod(Generator)
-
-
-class _Lib:
-    class stride_tricks:
-        as_strided = Function(numpy.lib.stride_tricks.as_strided)
-
-
-class ElementwiseKernel:
-    """A kernel whose C++ happens to be Python as well: assignments of arithmetic and `larger`."""
-
-    def __init__(self, inputs, results, operation, name, preamble=""):
-        self.types = dict(parameter.split()[::-1]
-                          for parameter in (inputs + ", " + results).split(", "))
-        self.inputs = len(inputs.split(","))
-        self.results = [parameter.split()[1] for parameter in results.split(", ")]
-        self.operation, self.name = operation, name
-
-    def __call__(self, *operands):
-        if len(operands) not in (self.inputs, len(self.types)):
-            raise TypeError(f"{self.name}: {len(operands)} operands for {self.inputs} inputs")
-        values = dict(zip(self.types, (unwrap(operand, self.name) for operand in operands)))
-        arrays = {name: value for name, value in values.items() if isinstance(value, numpy.ndarray)}
-        (dtype,) = {array.dtype for array in arrays.values()}
-        if any(self.types[name] != "T" for name in arrays):
-            raise TypeError(f"{self.name}: an array where a number is declared")
-        shape = numpy.broadcast_shapes(*(array.shape for array in arrays.values()))
-        results = {name: arrays.get(name, numpy.empty(shape, dtype)) for name in self.results}
-        if any(array.shape != shape for array in results.values()):
-            raise ValueError(f"{self.name}: a result does not have the shape {shape}")
-        names = {"larger": numpy.maximum, "sqrt": numpy.sqrt, **values}
-        inputs = list(values)[:self.inputs]
-        for name in inputs:                             # CUDA has them const
-            if name in arrays:
-                # a view that cannot be written to
-                names[name] = numpy.broadcast_to(arrays[name], arrays[name].shape)
-        given = [names[name] for name in inputs]
-        exec(self.operation, names)
-        if any(names[name] is not value for name, value in zip(inputs, given)):
-            raise TypeError(f"{self.name}: an input is changed")
-        for name, array in results.items():
-            array[...] = names[name]
-        answers = [wrap(array) for array in results.values()]
-        return answers[0] if len(answers) == 1 else tuple(answers)
-
-
 class Library:
     """The module: what NumPy has, with stand-in arrays in and out."""
 
-    ElementwiseKernel = ElementwiseKernel
-    random = _Random()
-    lib = _Lib()
-    ndarray = Array
+    random = SimpleNamespace(default_rng=lambda seed: SimpleNamespace(
+        random=Function(numpy.random.default_rng(seed).random)))
+    lib = SimpleNamespace(stride_tricks=SimpleNamespace(
+        as_strided=Function(numpy.lib.stride_tricks.as_strided)))
 
     def __getattr__(self, name):
         value = getattr(numpy, name)
         if isinstance(value, type) or not callable(value):
             return value                                # dtypes, constants, finfo
         return Function(value, transfers=name in ("asarray", "array"))
+
+
+# %% CUDA on the processor
+# A block's threads are fibers, which run one after another. Each runs up to the next place
+# where threads wait for each other, and the next round begins when all have come there.
+
+WORDS = r"""
+#include <cmath>
+#include <cstddef>
+using std::exp; using std::sqrt;
+#define __global__
+#define __device__
+#define __shared__ static
+#define __launch_bounds__(threads)
+"""
+THREADS = r"""
+#include <csetjmp>
+#include <cstdlib>
+#include <functional>
+#include <ucontext.h>
+#include <utility>
+struct Place { unsigned x; };
+static Place blockIdx, blockDim, threadIdx;
+static jmp_buf rounds, thread[1024];
+static double slot[1024];
+static unsigned begun, unfinished;
+static std::function<void()> kernel;
+
+static void __syncthreads() { if (!_setjmp(thread[threadIdx.x])) _longjmp(rounds, 1); }
+
+template <typename T> T __shfl_xor_sync(unsigned, T x, int step) {
+    slot[threadIdx.x] = x;
+    __syncthreads();
+    T y = slot[threadIdx.x ^ step];
+    __syncthreads();
+    return y;
+}
+
+static void life() {
+    for (;; __syncthreads()) {                      // waits for the next block
+        kernel();
+        unfinished--;
+    }
+}
+
+static void run_until_it_waits() {
+    static ucontext_t start;
+    static char stack[1024][1 << 15];
+    if (_setjmp(rounds)) return;
+    if (threadIdx.x < begun) _longjmp(thread[threadIdx.x], 1);
+    getcontext(&start);
+    start.uc_stack.ss_sp = stack[begun++];
+    start.uc_stack.ss_size = sizeof stack[0];
+    makecontext(&start, life, 0);
+    setcontext(&start);
+}
+
+static void run_block() {
+    for (unfinished = blockDim.x; unfinished;) {
+        if (unfinished != blockDim.x) abort();      // a thread waits for one that has ended
+        for (threadIdx.x = 0; threadIdx.x < blockDim.x; threadIdx.x++) run_until_it_waits();
+    }
+}
+
+template <typename... P>
+static void launch(void (*function)(P...), unsigned blocks, unsigned threads, void** given) {
+    blockDim.x = threads;
+    kernel = [=]<size_t... I>(std::index_sequence<I...>) {
+        return [=] { function(*(P*)given[I]...); };
+    }(std::index_sequence_for<P...>());
+    for (blockIdx.x = 0; blockIdx.x < blocks; blockIdx.x++) run_block();
+}
+"""
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None or sys.platform != "linux",
+                                    reason="needs g++ and Linux")
+
+
+def compiled(text):
+    """The C library of a C++ text."""
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run(["g++", "-std=c++20", "-O1", "-U_FORTIFY_SOURCE", "-Wall", "-Werror", "-shared", "-fPIC", "-o",
+                        f"{folder}/library.so", "-x", "c++", "-"],
+                       input=text, text=True, check=True)
+        return ctypes.CDLL(f"{folder}/library.so")
+
+
+def pointers(arrays):
+    return [ctypes.c_void_p(array.ctypes.data) for array in arrays]
+
+
+class RawModule:
+    """Kernels for blocks of threads. As for cuLaunchKernel, arguments are places in memory."""
+
+    def __init__(self, code, options, name_expressions):
+        entries = (f'extern "C" void {self.entry(name)}(unsigned blocks, unsigned threads, '
+                   f"void** given) {{ launch({name}, blocks, threads, given); }}\n"
+                   for name in name_expressions)
+        self.library = compiled("".join([WORDS, THREADS, code, *entries]))
+
+    @staticmethod
+    def entry(name):
+        return re.sub(r"\W", "_", name)
+
+    def get_function(self, name):
+        def kernel(grid, block, arguments):
+            values = [numpy.array(x.data.ptr if isinstance(x, Array) else unwrap(x, name))
+                      for x in arguments]
+            given = (ctypes.c_void_p * len(values))(*pointers(values))
+            getattr(self.library, self.entry(name))(*grid, *block, given)
+        return kernel
+
+
+class ElementwiseKernel:
+    """A formula for every element: `text` is CUDA's C++, for float and double."""
+
+    def __init__(self, inputs, results, operation, name, preamble=""):
+        self.name, self.inputs = name, inputs.count(",") + 1
+        self.types = dict(parameter.split()[::-1]
+                          for parameter in f"{inputs}, {results}".split(", "))
+        types = {name: {"uint64": "unsigned long long"}.get(type, type)
+                 for name, type in self.types.items()}
+        declared = ", ".join(f"{'const ' * (n < self.inputs)}{type}& {name}"
+                             for n, (name, type) in enumerate(types.items()))
+        self.text = (f"namespace {name}_ {{ {preamble}\ntemplate <typename T> __device__ void of("
+                     f"ptrdiff_t i, {declared}) {{ {operation}; }} }}\n")
+        for kind in ("float", "double"):
+            taken = ", ".join(f"{type.replace('T', kind)}* {name}" for name, type in types.items())
+            each = ", ".join(f"{name}[i]" for name in types)
+            self.text += (f'extern "C" __global__ void {name}_{kind}(ptrdiff_t count, {taken}) {{ '
+                          "for (ptrdiff_t i = 0; i < count; i++) "
+                          f"{name}_::of<{kind}>(i, {each}); }}\n")
+
+    @functools.cached_property
+    def library(self):
+        return compiled(WORDS + self.text)
+
+    def __call__(self, *operands):
+        assert len(operands) in (self.inputs, len(self.types)), self.name
+        operands = [unwrap(operand, self.name) for operand in operands]
+        dtype, = {x.dtype for x, type in zip(operands, self.types.values())
+                  if type == "T" and hasattr(x, "dtype")}
+        shape = numpy.broadcast_shapes(*map(numpy.shape, operands))
+        results = operands[self.inputs:] or [
+            numpy.empty(shape, dtype) for _ in range(len(self.types) - self.inputs)]
+        assert all(result.shape == shape for result in results), self.name
+        taken = [numpy.broadcast_to(numpy.asarray(x, dtype if type == "T" else type), shape)
+                 for x, type in zip(operands[:self.inputs], self.types.values())]
+        taken = list(map(numpy.ascontiguousarray, taken + results))
+        getattr(self.library, f"{self.name}_{gpu.NUMBERS[dtype]}")(
+            ctypes.c_ssize_t(results[0].size), *pointers(taken))
+        for result, changed in zip(results, taken[self.inputs:]):
+            result[...] = changed
+        return wrap(results[0] if len(results) == 1 else tuple(results))
+
+
+HANDLE = object()
+
+
+def gemm(handle, b_transposed, a_transposed, m, n, k, one, b, kind, b_step, b_next,
+         a, a_kind, a_step, a_next, old, out, out_kind, out_step, out_next, count, compute, _):
+    """cublasGemmStridedBatchedEx: out = one * op(b) op(a) + old * out, all column by column."""
+    number = {gpu.CUDA_R_32F: ctypes.c_float, gpu.CUDA_R_64F: ctypes.c_double}[kind]
+    assert handle is HANDLE and a_kind == out_kind == kind
+    assert (compute == gpu.CUBLAS_COMPUTE_64F) == (kind == gpu.CUDA_R_64F)
+
+    def matrix(address, rows, columns, step, transposed=False):
+        if transposed:
+            return matrix(address, columns, rows, step).T
+        assert step >= max(1, rows)
+        memory = (number * (step * (columns - 1) + rows)).from_address(address)
+        return numpy.ndarray((rows, columns), number, memory, strides=(size, size * step))
+    size = ctypes.sizeof(number)
+    factor, keep = (number.from_address(address).value for address in (one, old))
+    for i in range(count):
+        left = matrix(b + i * b_next * size, m, k, b_step, b_transposed)
+        right = matrix(a + i * a_next * size, k, n, a_step, a_transposed)
+        target = matrix(out + i * out_next * size, m, n, out_step)
+        target[...] = factor * (left @ right) + (keep * target if keep else 0)
+
+
+class Cuda(Library):
+    """The module under CuPy's name, with what gpu.py needs of CuPy."""
+
+    __name__ = "cupy"
+    RawModule, ElementwiseKernel = RawModule, ElementwiseKernel
+    cuda = SimpleNamespace(device=SimpleNamespace(get_cublas_handle=lambda: HANDLE))
+
+
+# %% Where the tests compute
+
+STANDINS = {"standin": Library(), "cuda": Cuda()}
+
+
+@contextlib.contextmanager
+def device(name):
+    """Inside the block the device is "cpu", "gpu", or one of the stand-ins."""
+    before = xp.module, backend.gpu.module
+    with contextlib.ExitStack() as replaced:
+        if name in STANDINS:
+            for function, value in (("start", STANDINS[name]),
+                                    ("cublas_of", SimpleNamespace(gemmStridedBatchedEx=gemm))):
+                replaced.enter_context(mock.patch.object(gpu, function, lambda _, x=value: x))
+        use_device("cpu" if name == "cpu" else "gpu")
+        try:
+            yield
+        finally:
+            xp.module, backend.gpu.module = before
+
+
+def cuda_device():
+    if importlib.util.find_spec("cupy") is None:
+        return False
+    try:
+        with device("gpu"):
+            return True
+    except backend.DeviceError:
+        return False
+
+
+needs_gpu = pytest.mark.skipif(not cuda_device(), reason="needs CuPy and a CUDA GPU")
+CUDA, GPU = pytest.param("cuda", marks=needs_compiler), pytest.param("gpu", marks=needs_gpu)
+on_every_gpu = pytest.mark.parametrize("where", [CUDA, GPU])

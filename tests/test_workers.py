@@ -1,14 +1,17 @@
 """Workers: a function for several parts at once, in processes that share what is meant to be
-shared."""
+shared, and the threads of NumPy's matrix library."""
+import ctypes
 import os
+import re
 import signal
+import sys
 
 import numpy
 import pytest
 
 import backend
 from autograd import Tensor, leaf_gradients, tanh, to_numpy, xp
-from backend import DeviceError, Workers, row_parts, shared_zeros
+from backend import DeviceError, Workers, one_blas_thread, row_parts, shared_zeros
 
 pytestmark = pytest.mark.skipif(xp.module is not numpy,
                                 reason="a GPU takes the whole batch at once")
@@ -61,21 +64,14 @@ def test_an_error_of_a_worker_reaches_the_caller_and_the_next_call_works(bad):
         assert workers(invert, -1) == [1, 1 / 2, 1 / 3]
 
 
-def test_a_worker_that_dies_is_one_clear_error():
-    def die(part):
-        if part == 1:
-            os._exit(1)
-    with Workers(range(2), [die]) as workers:
+@pytest.mark.parametrize("end", [lambda: os._exit(1), lambda: lambda: None],
+                         ids=["a process dies", "an answer cannot travel"])
+def test_an_answer_that_does_not_come_is_one_clear_error(end):
+    def work(part):
+        return end() if part else None
+    with Workers(range(2), [work]) as workers:
         with pytest.raises(DeviceError, match="worker process has ended unexpectedly"):
-            workers(die)
-
-
-def test_an_answer_that_cannot_travel_is_an_error():
-    def bad(part):
-        return lambda: None
-    with Workers(range(2), [bad]) as workers:
-        with pytest.raises(DeviceError, match="worker process has ended"):
-            workers(bad)
+            workers(work)
 
 
 def test_an_answer_may_be_larger_than_a_pipe_holds():
@@ -90,8 +86,6 @@ def test_rows_are_divided_evenly_and_where_there_is_no_fork_not_at_all(monkeypat
     assert row_parts(2, 8) == [slice(0, 1), slice(1, 2)]
     monkeypatch.setattr("sys.platform", "darwin")
     assert row_parts(7, 3) == [slice(0, 7)]
-    with pytest.raises(ValueError, match="only one part"):
-        Workers(range(2), [])
 
 
 @pytest.mark.parametrize("quota, cores", [
@@ -129,3 +123,31 @@ def test_no_worker_outlives_close():
     with Workers(range(3), [os.getpid]) as workers:
         processes = workers.processes
     assert processes and not any(process.is_alive() for process in processes)
+
+
+# %% The threads of the matrix library
+
+def test_in_a_block_and_in_workers_the_matrix_library_has_one_thread():
+    """Although NumPy has been imported before; and afterwards as many as before."""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("other systems keep their threads")
+    with open("/proc/self/maps") as file:
+        libraries = map(ctypes.CDLL, set(re.findall("/.*openblas.*", file.read())))
+    threads = [[getattr(library, name) for name in names] for library in libraries
+               for names in backend.BLAS_THREADS if hasattr(library, names[0])]
+    if not threads:
+        pytest.skip("needs a NumPy with OpenBLAS")
+
+    def count(part=None):
+        return max(get_threads() for _, get_threads in threads)
+    with one_blas_thread():             # which brings back what the other tests have
+        for set_threads, _ in threads:
+            set_threads(2)
+        counts = [count()]
+        with one_blas_thread():
+            counts.append(count())
+        counts.append(count())
+        with Workers(range(3), [count]) as workers:
+            counts.append(workers(count))
+        counts.append(count())
+    assert counts == [2, 1, 2, [1, 1, 1], 2]
