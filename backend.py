@@ -128,7 +128,7 @@ def leading_sums(x, count):
 
 CPU_QUOTA = "/sys/fs/cgroup/cpu.max"        # microseconds of time, of every so many
 
-# Ctrl-C, a request to end, and a terminal that was closed.
+# Ctrl-C, a request to end, and a terminal that was closed (unknown on Windows).
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
                 if hasattr(signal, name)]
 

@@ -61,10 +61,11 @@ HERE = pathlib.Path(__file__).resolve().parent
 #
 #     workers(f, x)  =  [f(part, x) for part in parts]        computed side by side
 #
-# The first part is computed by this process itself. `functions` lists every f, because a
-# process knows only what existed when it was started. Weights, gradients, Adam's means and
-# memory are arrays that all processes share. To read on, think of a single part: then
-# workers(f, x) is [f(0, x)].
+# The first part is computed by this process itself. In `train` a part is a number, and stands
+# for a slice of the batch's rows. `functions` lists every f, because a process is a copy of
+# this one from its start. It does not see what changes later, so a step's number is an x.
+# What all processes share are arrays: weights, gradients, Adam's means and memory. To read
+# on, think of a single part: then workers(f, x) is [f(0, x)].
 
 @dataclasses.dataclass
 class State:
@@ -74,7 +75,7 @@ class State:
     log: list = dataclasses.field(default_factory=list)     # entries: the values of LOG
     loss_sum: float = 0.0               # of the steps since the last entry
     grad_norm: float = 0.0              # of the last step
-    seconds: float = 0.0                # of training
+    seconds: float = 0.0                # of the run, evaluations included
 
 
 LOG = ("step", "loss", "val_loss", "lr", "grad_norm", "tokens_per_s", "seconds")
@@ -97,17 +98,19 @@ def train(args, watch=None):
     with (stop_on_signals() as stop,                            # true after Ctrl-C
           Workers(range(len(run.rows)), functions) as workers):
         while state.step < steps and not stop:
-            # (Their processes do not know how far this one is: the step is told them.)
             losses = workers(run.forward_backward, state.step)
             state.loss_sum = sum(losses, state.loss_sum)        # they add up to the batch's mean
-            # Adam adds up the gradients of all parts, and changes the weights.
+            # Adam adds up the gradients of all parts, and changes the weights: by the other two
+            # functions, each process an equal share of all parameters.
             state.grad_norm = adam.step(run.learning_rate(state.step), workers)
             state.step += 1
             eval_now = state.step % run.settings["eval_every"] == 0 or state.step == steps
             if eval_now or state.step % run.settings["log_every"] == 0:
                 speed, val_loss = run.speed(), None
                 if eval_now:
-                    with adam.averaged():       # the running mean of the weights predicts better
+                    # Inside the block the weights are their running mean, which predicts
+                    # better. Training goes on with the weights themselves.
+                    with adam.averaged():
                         val_loss = validate(run)
                 log(run, speed, val_loss)
                 if eval_now:
@@ -116,8 +119,9 @@ def train(args, watch=None):
                 if watch:
                     watch(run)
                 run.resumed_at = state.step, time.perf_counter()
+        if stop:                            # with the handlers of signals still in place
+            save_run(run)
     if state.step < steps:
-        save_run(run)
         show(f"stopped at step {state.step} of {steps}: --resume continues")
         return 128 + stop[0]
     conclude(run)
@@ -143,7 +147,7 @@ class Run:
         # average_over: adam.averaged() is a mean over about the last 100 steps.
         self.adam = FlatAdam(self.model.parameters(), weight_decay=s["weight_decay"], clip=1.0,
                              average_over=100, parts=len(self.rows))
-        # Each group of streams has a memory. The newest state is the last.
+        # Each group of streams (section 2) has a memory. The newest state is the last.
         self.memory = shared_zeros((self.streams.groups, s["n_layer"], s["batch_size"],
                                     s["mem_len"], s["d_model"]), numpy.float32)
         self.about = {"model": dataclasses.asdict(config), "settings": s, "corpus": corpus,
@@ -247,8 +251,8 @@ class Streams:
     empty memory, at a random place among the first seq_len characters, so that segments are
     cut in other places than before. What a step reads follows from the seed and the step.
 
-    With the defaults there are 256 streams, in 16 groups of 16, of 61 segments each: an
-    epoch is 976 steps.
+    With the defaults, segments and memory of 64 in a million characters, there are 256
+    streams, in 16 groups of 16, of 61 segments each: an epoch is 976 steps.
     """
 
     def __init__(self, tokens, batch_size, seq_len, mem_len, seed):
@@ -343,11 +347,14 @@ def log(run, speed, val_loss):
                       round(speed, 1), round(run.seconds(), 2)])
     left = clock(run.seconds() / step * (s["steps"] - step))
     show(f"step {step:5}/{s['steps']}  loss {loss:.4f}  "
-         + (f"val {val_loss:.4f}  " if val_loss else "")
+         + ("" if val_loss is None else f"val {val_loss:.4f}  ")
          + f"{left} left  {speed:,.0f} chars/s"
-         + ("" if val_loss else f"  lr {lr:.1e}  norm {norm:.2f}"), keep=bool(val_loss))
+         + (f"  lr {lr:.1e}  norm {norm:.2f}" if val_loss is None else ""),
+         keep=val_loss is not None)
     lines = [",".join("" if x is None else str(x) for x in entry) for entry in [LOG, *state.log]]
-    save_atomically(run.out / "log.csv", lambda file: file.write("\n".join([*lines, ""]).encode()))
+    with contextlib.suppress(Failure):      # it is for looking at: another program may have it open
+        save_atomically(run.out / "log.csv",
+                        lambda file: file.write("\n".join([*lines, ""]).encode()))
 
 
 def show_sample(run):
@@ -379,7 +386,7 @@ def conclude(run):
     if round(state.best, 6) < val_loss:
         show(f"lowest validation loss {state.best:.4f} nats: {run.out / 'best.npz'}")
     start = "".join(run.vocabulary[token] for token in to_numpy(run.streams.tokens[:20]))
-    words = start.strip(" -\n").split("\n")[0].replace('"', "") or run.vocabulary[-1]
+    words = re.sub(r'["$`\\!]', "", start.strip(" -\r\n").split("\n")[0]) or run.vocabulary[-1]
     out = "" if run.out == DEFAULT_OUT else f' --out "{run.out}"'
     show(f'let it write: python train_shakespeare.py --generate "{words}"{out}')
 
@@ -400,7 +407,7 @@ def stop_on_signals():
 
     def note(which, frame):
         stop.append(which)
-        if len(stop) > 1:
+        if len(stop) > 1 and which in (signal.SIGINT, signal.SIGTERM):      # (SIGHUP comes twice)
             raise KeyboardInterrupt(which)
     try:
         for which in STOP_SIGNALS:
@@ -462,7 +469,7 @@ def save_atomically(path, write):
         with contextlib.suppress(OSError):
             temporary.unlink()
         before = "; the one before it is intact" if path.is_file() else ""
-        raise Failure(f"cannot write {path}: {error.strerror}{before}")
+        raise Failure(f"cannot write {path}: {error.strerror or error}{before}")
 
 
 def save(path, about, arrays):
@@ -703,7 +710,7 @@ def plot(args):
     """Three pictures in --out: loss.png from the log; attention.png and line.png from the
     validation text."""
     about, model, _, tokens = trained(args)
-    entries = load(args.out / "checkpoint.npz")[0]["state"]["log"]
+    entries = load(args.out / "checkpoint.npz")[0].get("state", {"log": []})["log"]
     s = about["settings"]
     mem_len = s["mem_len"] if args.eval_mem_len is None else args.eval_mem_len
     try:
@@ -774,7 +781,7 @@ def settings_of(args, saved):
     if saved is None:
         return {**{name: setting[args.device == "gpu"] for name, setting in SETTINGS.items()},
                 **given}
-    for name in given.keys() - MAY_CHANGE.get(args.mode, ()):
+    for name in sorted(given.keys() - MAY_CHANGE.get(args.mode, ())):
         if given[name] != saved["settings"][name]:
             raise Failure(f"the run in {args.out} has --{name.replace('_', '-')} "
                           f"{saved['settings'][name]}, not {given[name]}: leave it out", status=2)

@@ -3,17 +3,14 @@
     python tests/benchmark.py                       all CPU configurations
     python tests/benchmark.py small medium --json   one JSON object a line
     python tests/benchmark.py small --profile       where a step's time goes, by operation
-    python tests/benchmark.py small --scaling       how a step's time grows with each dimension
-                                                    and with threads
-    python tests/benchmark.py small --evaluation    evaluation with memory against a sliding
-                                                    window
+    python tests/benchmark.py small --scaling       how it grows with each dimension, and threads
+    python tests/benchmark.py small --evaluation    with memory, and with a sliding window
     python tests/benchmark.py small --generate 200  characters a second, one by one, with memory
     python tests/benchmark.py nanogpt-gpu --device gpu
 
-One step is: forward over [batch, seq_len] tokens with a full memory of mem_len states a layer,
-backward, clipping, Adam, and the new memory. No dropout, float32. The time is the median over
-the steps. `gemm_floor` is the time that the step's matrix products alone would take at the best
-rate measured in this process, as a fraction of the step's time.
+A step is forward, backward, clipping, Adam and the new memory, where the memory is full. No
+dropout, float32; the median over the steps. `gemm_floor` is the time that the step's matrix
+products alone would take at the best rate measured in this process, as a part of it.
 """
 import argparse
 import contextlib
@@ -74,9 +71,8 @@ def seconds_of(function, *arguments):
 
 # %% A step
 
-def time_steps(c, threads, steps, warmup):
-    """(median seconds of a training step, best rate of matrix products, peak memory in MiB)
-    with that many workers."""
+def time_steps(c, threads, args):
+    """(median seconds of a training step, best rate of matrix products, peak memory in MiB)."""
     model, parts = model_of(c), row_parts(c["batch"], threads)
     adam = fast.FlatAdam(model.parameters(), lr=1e-4, clip=1.0, parts=len(parts))
     memories = [full_memory(c, rows.stop - rows.start) for rows in parts]
@@ -93,9 +89,9 @@ def time_steps(c, threads, steps, warmup):
         adam.step(everywhere=workers)
     functions = [forward_backward, adam.add_up, adam.update_share, product_rate, peak_rss_mib]
     with backend.Workers(range(len(parts)), functions) as workers:
-        times = [seconds_of(step) for _ in range(warmup + steps)]
+        times = [seconds_of(step) for _ in range(args.warmup + args.steps)]
         memory = sum(workers(peak_rss_mib))
-        return statistics.median(times[warmup:]), sum(workers(product_rate)), memory
+        return statistics.median(times[args.warmup:]), sum(workers(product_rate)), memory
 
 
 def product_operations(c):
@@ -121,8 +117,7 @@ def peak_rss_mib(_=None):
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
 
 
-def row_of(name, args, threads):
-    """What is measured of a configuration, by the names of the JSON object."""
+def print_row(name, args):
     c, row = CONFIGS[name], {"program": f"{xp.module.__name__} {xp.module.__version__}",
                              "config": name}
     if args.generate:
@@ -132,21 +127,23 @@ def row_of(name, args, threads):
         row["generated_tokens_per_s"] = round(args.generate / seconds, 1)
         row["peak_rss_mib"] = peak_rss_mib()
     else:
-        seconds, rate, memory = time_steps(c, threads, args.steps, args.warmup)
+        seconds, rate, memory = time_steps(c, args.threads, args)
         row["ms_per_step"] = round(seconds * 1e3, 2)
         row["tokens_per_s"] = round(c["batch"] * c["seq_len"] / seconds, 1)
         row["gemm_floor"] = round(product_operations(c) / rate / seconds, 3)
         row["peak_rss_mib"] = memory
     if args.device == "gpu":
         row["peak_gpu_mib"] = round(xp.get_default_memory_pool().total_bytes() / 2 ** 20)
-    return row
+    print(json.dumps(row) if args.json else
+          "  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
 
 
 # %% Where the time goes
 
-def print_profile(name, c, threads, steps, warmup):
+def print_profile(name, args):
     """A step of one worker's share of the batch: each operation without those it calls."""
-    spent, running = {}, []     # running: [name, seconds in what it calls], the innermost last
+    c, spent = CONFIGS[name], {}
+    running = []                # [name, seconds in what it calls], the innermost last
 
     def timed(name, function):
         def run(*arguments, **options):
@@ -168,7 +165,7 @@ def print_profile(name, c, threads, steps, warmup):
     replaced = {operation: timed(name, operation) for name, operation in autograd.OPS.items()}
     replaced.update({autograd.record: record,
                      txl.update_memory: timed("new memory", txl.update_memory)})
-    model, share = model_of(c), row_parts(c["batch"], threads)[0].stop
+    model, share = model_of(c), row_parts(c["batch"], args.threads)[0].stop
     adam, memory = fast.FlatAdam(model.parameters(), lr=1e-4, clip=1.0), full_memory(c, share)
     tokens, targets = random_tokens(c, 2, share, c["seq_len"])
     with contextlib.ExitStack() as patches:
@@ -176,41 +173,40 @@ def print_profile(name, c, threads, steps, warmup):
             for attribute, value in list(vars(owner).items()):
                 if callable(value) and value in replaced:
                     patches.enter_context(mock.patch.object(owner, attribute, replaced[value]))
-        for step in range(warmup + steps):
-            if step == warmup:
+        for step in range(args.warmup + args.steps):
+            if step == args.warmup:
                 spent.clear()
             loss, memory = timed("model", txl.loss_and_memory)(model, tokens, targets, memory)
             adam.zero_grad()
             timed("walking the graph", loss.backward)()
             timed("Adam", adam.step)()
     total = sum(seconds for _, seconds in spent.values())
-    print(f"{name}: {total / steps * 1e3:.1f} ms a step for one worker's rows")
+    print(f"{name}: {total / args.steps * 1e3:.1f} ms a step for one worker's rows")
     for what, (calls, seconds) in sorted(spent.items(), key=lambda item: -item[1][1]):
         if seconds > total / 500:
-            print(f"    {what:24} {calls / steps:5.0f} calls {seconds / steps * 1e3:9.2f} ms "
-                  f"{100 * seconds / total:5.1f} %")
+            print(f"    {what:24} {calls / args.steps:5.0f} calls "
+                  f"{seconds / args.steps * 1e3:9.2f} ms {100 * seconds / total:5.1f} %")
 
 
 # %% How it grows
 
-def print_scaling(name, c, threads, steps, warmup):
+def print_scaling(name, args):
     """Time of a step when one dimension changes and the others stay."""
     print(f"{name:12}{'':>8}{'ms a step':>12}{'us a token':>12}")
     for what, values in [("mem_len", [0, 64, 128, 256, 512, 1024]),
                          ("seq_len", [16, 32, 64, 128, 256]), ("batch", [4, 8, 16, 32, 64]),
                          ("threads", [n for n in (1, 2, 4, 8) if n <= (os.cpu_count() or 1)])]:
         for value in values:
-            changed = {"threads": threads, **c, what: value}
-            seconds, _, _ = time_steps(changed, changed["threads"], steps, warmup)
+            changed = {"threads": args.threads, **CONFIGS[name], what: value}
+            seconds, _, _ = time_steps(changed, changed["threads"], args)
             tokens = changed["batch"] * changed["seq_len"]
-            print(f"{what:12}{value:8}{seconds * 1e3:12.1f}{seconds / tokens * 1e6:12.1f}",
-                  flush=True)
+            print(f"{what:12}{value:8}{seconds * 1e3:12.1f}{seconds / tokens * 1e6:12.1f}")
 
 
-def print_evaluation(name, c, seq_len=64):
+def print_evaluation(name, args, seq_len=64):
     """The paper's Table 9 on this model: time a token, with memory and with a window that slides
     by one token. Both see `length` tokens back. The window is computed anew for every token."""
-    model = model_of(c)
+    c, model = CONFIGS[name], model_of(CONFIGS[name])
 
     def microseconds(count, memory, mem_len):
         tokens = random_tokens(c, 1, count)
@@ -222,8 +218,7 @@ def print_evaluation(name, c, seq_len=64):
         memory = full_memory({**c, "mem_len": length}, 1)
         by_memory = microseconds(seq_len, memory, length) / seq_len
         by_window = microseconds(length, None, 0)
-        print(f"{length:12}{by_memory:14.1f}{by_window:14.1f}{by_window / by_memory:16.0f}",
-              flush=True)
+        print(f"{length:12}{by_memory:14.1f}{by_window:14.1f}{by_window / by_memory:16.0f}")
 
 
 def main():
@@ -241,19 +236,12 @@ def main():
         parser.error(f"no configuration {min(unknown)!r}; there are {', '.join(CONFIGS)}")
     backend.use_device(args.device, args.tf32)
     backend.tune_malloc()
-    threads = args.threads if args.device == "cpu" else 1
+    args.threads = args.threads if args.device == "cpu" else 1
+    report = (print_profile if args.profile else print_scaling if args.scaling else
+              print_evaluation if args.evaluation else print_row)
     with backend.one_blas_thread():             # --threads divides the batch among processes
         for name in args.configs:
-            if args.profile:
-                print_profile(name, CONFIGS[name], threads, args.steps, args.warmup)
-            elif args.scaling:
-                print_scaling(name, CONFIGS[name], threads, args.steps, args.warmup)
-            elif args.evaluation:
-                print_evaluation(name, CONFIGS[name])
-            else:
-                row = row_of(name, args, threads)
-                print(json.dumps(row) if args.json else
-                      "  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+            report(name, args)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,3 @@ def the_device_stays():
     module = backend.xp.module
     yield
     backend.xp.module = module
-
-
-def pytest_report_header(config):
-    return f"device: {config.getoption('--device')}"

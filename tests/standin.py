@@ -14,8 +14,6 @@ any machine.
 import contextlib
 import ctypes
 import functools
-import importlib.util
-import re
 import shutil
 import subprocess
 import sys
@@ -45,8 +43,7 @@ def unwrap(value, where):
 
 
 def wrap(value):
-    """Arrays and NumPy scalars come out as stand-in arrays (a reduction gives a 0-d array, as
-    in CuPy)."""
+    """Arrays and NumPy's scalars as stand-in arrays (CuPy's reductions give 0-d arrays)."""
     if isinstance(value, (numpy.ndarray, numpy.generic)):
         return Array(numpy.asarray(value))
     if isinstance(value, (tuple, list)):
@@ -73,9 +70,6 @@ class Array:
 
     def __iter__(self):
         return map(wrap, self._values)
-
-    def __repr__(self):
-        return f"standin.{self._values!r}"
 
     def __getitem__(self, key):
         return wrap(self._values[unwrap(key, "indexing")])
@@ -114,19 +108,17 @@ Array.__hash__ = None
 
 
 class Function:
-    """A function of NumPy, applied to stand-in arrays."""
+    """A function of NumPy, applied to stand-in arrays. transfers: and to what is no array yet."""
 
     def __init__(self, function, transfers=False):
         self.function, self.transfers = function, transfers
 
     def __call__(self, *arguments, **options):
-        if self.transfers:              # asarray and array are how data gets onto the device
-            arguments = [argument._values if isinstance(argument, Array) else argument
-                         for argument in arguments]
-        else:
-            arguments = [unwrap(argument, self.function.__name__) for argument in arguments]
+        name = self.function.__name__
+        arguments = [getattr(argument, "_values", argument) if self.transfers else
+                     unwrap(argument, name) for argument in arguments]
         out = options.get("out")
-        options = {key: unwrap(value, self.function.__name__) for key, value in options.items()}
+        options = {key: unwrap(value, name) for key, value in options.items()}
         answer = self.function(*arguments, **options)
         return out if out is not None else wrap(answer)
 
@@ -186,10 +178,7 @@ template <typename T> T __shfl_xor_sync(unsigned, T x, int step) {
 }
 
 static void life() {
-    for (;; __syncthreads()) {                      // waits for the next block
-        kernel();
-        unfinished--;
-    }
+    for (;; __syncthreads()) kernel(), unfinished--;        // one block after another
 }
 
 static void run_until_it_waits() {
@@ -204,20 +193,17 @@ static void run_until_it_waits() {
     setcontext(&start);
 }
 
-static void run_block() {
-    for (unfinished = blockDim.x; unfinished;) {
-        if (unfinished != blockDim.x) abort();      // a thread waits for one that has ended
-        for (threadIdx.x = 0; threadIdx.x < blockDim.x; threadIdx.x++) run_until_it_waits();
-    }
-}
-
 template <typename... P>
 static void launch(void (*function)(P...), unsigned blocks, unsigned threads, void** given) {
     blockDim.x = threads;
     kernel = [=]<size_t... I>(std::index_sequence<I...>) {
         return [=] { function(*(P*)given[I]...); };
     }(std::index_sequence_for<P...>());
-    for (blockIdx.x = 0; blockIdx.x < blocks; blockIdx.x++) run_block();
+    for (blockIdx.x = 0; blockIdx.x < blocks; blockIdx.x++)
+        for (unfinished = threads; unfinished;) {
+            if (unfinished != threads) abort();     // a thread waits for one that has ended
+            for (threadIdx.x = 0; threadIdx.x < threads; threadIdx.x++) run_until_it_waits();
+        }
 }
 """
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None or sys.platform != "linux",
@@ -227,10 +213,10 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None or sys.platform 
 def compiled(text):
     """The C library of a C++ text."""
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run(["g++", "-std=c++20", "-O1", "-U_FORTIFY_SOURCE", "-Wall", "-Werror", "-shared", "-fPIC", "-o",
-                        f"{folder}/library.so", "-x", "c++", "-"],
-                       input=text, text=True, check=True)
-        return ctypes.CDLL(f"{folder}/library.so")
+        library = f"{folder}/library.so"
+        subprocess.run(["g++", *"-std=c++20 -O1 -U_FORTIFY_SOURCE -Wall -Werror -shared".split(),
+                        *"-fPIC -x c++ - -o".split(), library], input=text, text=True, check=True)
+        return ctypes.CDLL(library)
 
 
 def pointers(arrays):
@@ -241,21 +227,18 @@ class RawModule:
     """Kernels for blocks of threads. As for cuLaunchKernel, arguments are places in memory."""
 
     def __init__(self, code, options, name_expressions):
-        entries = (f'extern "C" void {self.entry(name)}(unsigned blocks, unsigned threads, '
-                   f"void** given) {{ launch({name}, blocks, threads, given); }}\n"
-                   for name in name_expressions)
-        self.library = compiled("".join([WORDS, THREADS, code, *entries]))
-
-    @staticmethod
-    def entry(name):
-        return re.sub(r"\W", "_", name)
+        self.entries = {name: f"kernel_{n}" for n, name in enumerate(name_expressions)}
+        self.library = compiled(WORDS + THREADS + code + "".join(
+            f'extern "C" void {entry}(unsigned blocks, unsigned threads, void** given) {{ '
+            f"launch({name}, blocks, threads, given); }}\n"
+            for name, entry in self.entries.items()))
 
     def get_function(self, name):
         def kernel(grid, block, arguments):
             values = [numpy.array(x.data.ptr if isinstance(x, Array) else unwrap(x, name))
                       for x in arguments]
             given = (ctypes.c_void_p * len(values))(*pointers(values))
-            getattr(self.library, self.entry(name))(*grid, *block, given)
+            getattr(self.library, self.entries[name])(*grid, *block, given)
         return kernel
 
 
@@ -302,14 +285,11 @@ class ElementwiseKernel:
         return wrap(results[0] if len(results) == 1 else tuple(results))
 
 
-HANDLE = object()
-
-
 def gemm(handle, b_transposed, a_transposed, m, n, k, one, b, kind, b_step, b_next,
          a, a_kind, a_step, a_next, old, out, out_kind, out_step, out_next, count, compute, _):
     """cublasGemmStridedBatchedEx: out = one * op(b) op(a) + old * out, all column by column."""
     number = {gpu.CUDA_R_32F: ctypes.c_float, gpu.CUDA_R_64F: ctypes.c_double}[kind]
-    assert handle is HANDLE and a_kind == out_kind == kind
+    assert handle == "handle" and a_kind == out_kind == kind
     assert (compute == gpu.CUBLAS_COMPUTE_64F) == (kind == gpu.CUDA_R_64F)
 
     def matrix(address, rows, columns, step, transposed=False):
@@ -332,7 +312,7 @@ class Cuda(Library):
 
     __name__ = "cupy"
     RawModule, ElementwiseKernel = RawModule, ElementwiseKernel
-    cuda = SimpleNamespace(device=SimpleNamespace(get_cublas_handle=lambda: HANDLE))
+    cuda = SimpleNamespace(device=SimpleNamespace(get_cublas_handle=lambda: "handle"))
 
 
 # %% Where the tests compute
@@ -342,23 +322,20 @@ STANDINS = {"standin": Library(), "cuda": Cuda()}
 
 @contextlib.contextmanager
 def device(name):
-    """Inside the block the device is "cpu", "gpu", or one of the stand-ins."""
-    before = xp.module, backend.gpu.module
-    with contextlib.ExitStack() as replaced:
-        if name in STANDINS:
-            for function, value in (("start", STANDINS[name]),
-                                    ("cublas_of", SimpleNamespace(gemmStridedBatchedEx=gemm))):
-                replaced.enter_context(mock.patch.object(gpu, function, lambda _, x=value: x))
-        use_device("cpu" if name == "cpu" else "gpu")
+    """Inside the block the device is "cpu", "gpu", or a stand-in, which use_device takes for it."""
+    before, library = (xp.module, backend.gpu.module), STANDINS.get(name)
+    pretended = mock.patch.multiple(
+        gpu, start=lambda tf32: library,
+        cublas_of=lambda cupy: SimpleNamespace(gemmStridedBatchedEx=gemm))
+    with pretended if library else contextlib.nullcontext():
         try:
+            use_device("cpu" if name == "cpu" else "gpu")
             yield
         finally:
             xp.module, backend.gpu.module = before
 
 
-def cuda_device():
-    if importlib.util.find_spec("cupy") is None:
-        return False
+def there_is_a_gpu():
     try:
         with device("gpu"):
             return True
@@ -366,6 +343,7 @@ def cuda_device():
         return False
 
 
-needs_gpu = pytest.mark.skipif(not cuda_device(), reason="needs CuPy and a CUDA GPU")
-CUDA, GPU = pytest.param("cuda", marks=needs_compiler), pytest.param("gpu", marks=needs_gpu)
+CUDA = pytest.param("cuda", marks=needs_compiler)
+GPU = pytest.param("gpu", marks=pytest.mark.skipif(not there_is_a_gpu(),
+                                                   reason="needs CuPy and a CUDA GPU"))
 on_every_gpu = pytest.mark.parametrize("where", [CUDA, GPU])

@@ -15,7 +15,7 @@ import backend
 import gpu
 import train_shakespeare as command
 import txl
-from runs import SMALL, TEXT, arrays, program, run, trained
+from runs import SMALL, TEXT, program, run, trained
 
 
 @pytest.fixture(scope="module")

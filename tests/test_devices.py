@@ -1,14 +1,9 @@
 """The same code on another array library: nothing hands device data to NumPy, and the numbers
-are the same.
-
-On any machine by the stand-ins of standin.py; with CuPy and a CUDA GPU by these too, with
-`--device gpu` or without. (It makes the other files' tests run on the GPU.)
+are the same. On any machine by the stand-ins of standin.py; with CuPy and a CUDA GPU by these
+too, with `--device gpu` or without. (It makes the other files' tests run on the GPU.)
 """
 import json
-import pathlib
 import signal
-import subprocess
-import sys
 
 import numpy
 import pytest
@@ -19,15 +14,12 @@ import train_shakespeare
 import txl
 from autograd import Tensor, check_gradients, to_numpy
 from backend import xp
-from runs import SIZES, SMALL, TEXT, arrays
+from runs import SIZES, TEXT, arrays
 from standin import CUDA, GPU, device, on_every_gpu
 from test_gradients import CASES, answers, each, tensors
 
 RNG = numpy.random.default_rng
-TESTS = pathlib.Path(__file__).resolve().parent
 EVERYWHERE = pytest.mark.parametrize("where", ["standin", CUDA, GPU])
-TOLERANCE = {"standin": dict(rtol=0, atol=0), **dict.fromkeys(
-    ["cuda", "gpu"], dict(rtol=1e-10, atol=1e-12))}
 
 
 # %% The stand-in is strict
@@ -61,9 +53,10 @@ def test_operation(f, inputs, where, request):
         ours = on_transposed_memory()
     with device("cpu"):
         numpys = on_transposed_memory()
+    rtol, atol = (0, 0) if where == "standin" else (1e-10, 1e-12)
     if where != "gpu" or "dropout" not in request.node.name:
         for mine, expected in zip(ours, numpys):
-            numpy.testing.assert_allclose(mine, expected, **TOLERANCE[where])
+            numpy.testing.assert_allclose(mine, expected, rtol, atol)
 
 
 # %% Training, evaluation, generation
@@ -94,8 +87,8 @@ def everything(module, options, dtype):
         out[f"loss {step}"], out[f"norm {step}"] = loss.numpy(), to_numpy(adam.step())
         adam.zero_grad()
     for name, parameter in model.parameters().items():
-        out[f"weight {name}"], out[f"average {name}"] = parameter.numpy(), to_numpy(
-            adam.average[name])
+        out[f"weight {name}"] = parameter.numpy()
+        out[f"average {name}"] = to_numpy(adam.average[name])
     out.update({f"memory {i}": to_numpy(m) for i, m in enumerate(memory)})
     out["logits"] = model(tokens, memory)[0].numpy()
     out["evaluation"] = train_shakespeare.evaluate(model, text[:90], 2, 4, 8, threads=1)
@@ -136,56 +129,42 @@ def outcome(folder):
     return {**found, "best": state["best"], "log": [entry[:5] for entry in state["log"]]}
 
 
-def same(ours, expected):
-    assert ours.keys() == expected.keys()
-    for name in ours:
-        numpy.testing.assert_array_equal(ours[name], expected[name], err_msg=name)
+def train(where, watch=None, **given):
+    """The status of a run. where: what its --device gpu is."""
+    with device(where):
+        return train_shakespeare.train(train_shakespeare.options(**given), watch)
 
 
-COMMAND = """import sys; sys.path[:0] = sys.argv[1:3]
-import standin, train_shakespeare
-with standin.device("standin"):             # that is the GPU of the command
-    sys.exit(train_shakespeare.main(sys.argv[3:]))"""
-
-
-def test_a_run_moves_between_devices_and_ends_with_the_same_bits(tmp_path):
+def test_a_run_moves_between_devices_and_ends_with_the_same_bits(tmp_path, capsys):
     """Trained, resumed on the other device and evaluated, in both directions."""
     (tmp_path / "text").write_text(TEXT)
-
-    def command(*arguments):
-        done = subprocess.run([sys.executable, "-c", COMMAND, str(TESTS.parent), str(TESTS),
-                               *arguments, "--threads", "1"],
-                              cwd=tmp_path, capture_output=True, text=True, timeout=60)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+    new = dict(SIZES, threads=1, data=tmp_path / "text", steps=10, dropout=0.1,
+               confidence_penalty=0.1)
     outcomes = []
     for name, first, second in [("a", "cpu", "cpu"), ("b", "gpu", "cpu"), ("c", "cpu", "gpu")]:
-        command("--device", first, "--out", name, "--data", "text", "--steps", "10", *SMALL,
-                "--dropout", "0.1", "--confidence-penalty", "0.1")
-        command("--device", second, "--out", name, "--steps", "20", "--resume")
-        table = command("--device", second, "--out", name, "--eval").splitlines()[2:]
-        table = [line.split()[:4] for line in table]            # without characters a second
+        out = tmp_path / name
+        assert train("standin", device=first, out=out, **new) == 0
+        assert train("standin", device=second, out=out, threads=1, steps=20, resume=True) == 0
+        capsys.readouterr()
+        with device("standin"):
+            train_shakespeare.main(["--eval", f"--device={second}", f"--out={out}", "--threads=1"])
+        table = [line.split()[:4] for line in capsys.readouterr().out.splitlines()[2:]]
         assert len(table) == 5
-        outcomes.append({**outcome(tmp_path / name), "table": table})
+        outcomes.append({**outcome(out), "table": table})
     for its in outcomes[1:]:
-        same(its, outcomes[0])
+        numpy.testing.assert_equal(its, outcomes[0])
 
 
 @on_every_gpu
 def test_a_run_on_a_gpu_that_is_interrupted_and_resumed_ends_with_the_same_bits(where, tmp_path):
     """With the GPU's own random numbers."""
-    (tmp_path / "text").write_text(TEXT)
-
     def interrupt(run):
         if run.state.step == 5:
             signal.raise_signal(signal.SIGINT)
-
-    def train(name, watch=None, **more):
-        with device(where):
-            return train_shakespeare.train(
-                train_shakespeare.options(device="gpu", out=tmp_path / name, **more), watch)
-    new = dict(SIZES, data=tmp_path / "text", steps=10, dropout=0.1)
-    assert train("whole", **new) == 0
-    assert train("parts", interrupt, **new) == 128 + signal.SIGINT
-    assert train("parts", resume=True) == 0
-    same(outcome(tmp_path / "parts"), outcome(tmp_path / "whole"))
+    (tmp_path / "text").write_text(TEXT)
+    new = dict(SIZES, device="gpu", data=tmp_path / "text", steps=10, dropout=0.1)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert train(where, out=whole, **new) == 0
+    assert train(where, interrupt, out=parts, **new) == 128 + signal.SIGINT
+    assert train(where, out=parts, device="gpu", resume=True) == 0
+    numpy.testing.assert_equal(outcome(parts), outcome(whole))

@@ -130,34 +130,15 @@ def test_a_loss_that_is_not_finite_is_not_lost(where):
 
 # %% Products of views
 
-def stack(rng, shape, layout, dtype):
-    """Random numbers [H, B, n, k] as a view of one of the kinds that attention multiplies."""
-    H, B, n, k = shape
-    if layout == "heads":                               # every H-th group of columns
-        x = rng.normal(size=(B, n, H * k)).reshape(B, n, H, k).transpose(2, 0, 1, 3)
-    elif layout == "transposed":
-        x = rng.normal(size=(H, B, k, n)).swapaxes(-1, -2)
-    elif layout == "transposed heads":
-        x = rng.normal(size=(B, k, H * n)).reshape(B, k, H, n).transpose(2, 0, 3, 1)
-    elif layout == "part":                              # of a larger array
-        x = rng.normal(size=(H + 1, B, n + 3, k + 2))[1:, :, 2:n + 2, :k]
-    elif layout == "repeated":
-        x = numpy.broadcast_to(rng.normal(size=(H, 1, n, k)), shape)
-    elif layout == "gaps":                              # no axis has consecutive numbers
-        x = rng.normal(size=(H, B, n, 2 * k))[..., ::2]
-    else:
-        x = rng.normal(size=shape)
-    # On the device, with the same strides in elements:
-    extent = 1 + sum((size - 1) * stride // x.itemsize
-                     for size, stride in zip(x.shape, x.strides) if size)
-    y = xp.zeros(max(extent, 1), dtype=dtype)
-    view = xp.lib.stride_tricks.as_strided(
-        y, x.shape, [stride // x.itemsize * y.itemsize for stride in x.strides])
-    view[...] = xp.asarray(x.astype(dtype))
-    return view
-
-
-LAYOUTS = ["plain", "heads", "transposed", "transposed heads", "part", "repeated", "gaps"]
+LAYOUTS = {         # views [H, B, n, k] of the kinds that attention multiplies
+    "plain": lambda x, H, B, n, k: x(H, B, n, k),
+    "heads": lambda x, H, B, n, k: x(B, n, H * k).reshape(B, n, H, k).transpose(2, 0, 1, 3),
+    "transposed": lambda x, H, B, n, k: x(H, B, k, n).swapaxes(-1, -2),
+    "transposed heads":
+        lambda x, H, B, n, k: x(B, k, H * n).reshape(B, k, H, n).transpose(2, 0, 3, 1),
+    "part": lambda x, H, B, n, k: x(H + 1, B, n + 3, k + 2)[1:, :, 2:n + 2, :k],
+    "repeated": lambda x, H, B, n, k: xp.broadcast_to(x(H, 1, n, k), (H, B, n, k)),
+    "no consecutive numbers": lambda x, H, B, n, k: x(H, B, n, 2 * k)[..., ::2]}
 SIZES = [(2, 3, 4, 5, 6), (1, 1, 1, 1, 1), (2, 2, 1, 3, 4), (2, 2, 3, 1, 4), (2, 2, 3, 4, 1),
          (2, 1, 1, 1, 3), (0, 2, 3, 4, 5), (2, 0, 3, 4, 5), (2, 2, 0, 4, 5), (2, 2, 3, 0, 5),
          (2, 2, 3, 4, 0), (1, 4, 7, 2, 1), (3, 2, 4, 5, 6), (3, 1, 4, 5, 6)]
@@ -168,19 +149,17 @@ SIZES = [(2, 3, 4, 5, 6), (1, 1, 1, 1, 1), (2, 2, 1, 3, 4), (2, 2, 3, 1, 4), (2,
 @pytest.mark.parametrize("H, B, n, k, m", SIZES)
 def test_a_product_of_views_is_the_product(H, B, n, k, m, where, dtype):
     """Of every layout with every other: new, into a view, and added to a view."""
-    rng = RNG(0)
     with device(where):
-        for a_layout, b_layout in itertools.product(LAYOUTS, LAYOUTS):
-            a = stack(rng, (H, B, n, k), a_layout, dtype)
-            b = stack(rng, (H, B, k, m), b_layout, dtype)
+        x = Numbers(dtype)
+        for a_layout, b_layout in itertools.product(LAYOUTS.values(), repeat=2):
+            a, b = a_layout(x, H, B, n, k), b_layout(x, H, B, k, m)
             ab = to_numpy(a) @ to_numpy(b)
             close(to_numpy(fast.product(a, b)), ab, dtype)
-            for out_layout in ("heads", "transposed heads", "part"):
-                for add in (False, True):
-                    out = stack(rng, (H, B, n, m), out_layout, dtype)
-                    expected = ab + (to_numpy(out) if add else 0)
-                    assert fast.product(a, b, out=out, add=add) is out
-                    close(to_numpy(out), expected, dtype)
+            for name, add in itertools.product(("heads", "transposed heads", "part"), (0, 1)):
+                out = LAYOUTS[name](x, H, B, n, m)
+                expected = ab + (to_numpy(out) if add else 0)
+                assert fast.product(a, b, out=out, add=add) is out
+                close(to_numpy(out), expected, dtype)
 
 
 # %% Random numbers
@@ -212,13 +191,12 @@ def test_random_numbers_are_the_upper_bits_of_splitmix64(where):
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 def test_nvcc_compiles_every_kernel(tmp_path):
-    text = gpu.ROW_KERNELS
-    kernels = list(itertools.product(gpu.ROW_KERNEL_NAMES, ("float", "double")))
-    for name, kind in kernels:
-        text += f"auto {name}_{kind} = {name}<{kind}>;\n"           # that makes them of the template
+    text, cupy = gpu.ROW_KERNELS, STANDINS["cuda"]
+    for name, kind in itertools.product(gpu.ROW_KERNEL_NAMES, ("float", "double")):
+        text += f"auto {name}_{kind} = {name}<{kind}>;\n"       # makes one of the template
     for formula in [*gpu.FORMULAS, gpu.adam_formula]:
-        text += gpu._kernel(STANDINS["cuda"], formula).text
-    text += gpu.CounterGenerator.kernel(STANDINS["cuda"]).text
+        text += gpu._kernel(cupy, formula).text
+    text += gpu.CounterGenerator.kernel(cupy).text
     (tmp_path / "kernels.cu").write_text(text)
     done = subprocess.run(["nvcc", "-std=c++17", "-ptx", "-o", tmp_path / "kernels.ptx",
                            tmp_path / "kernels.cu"], capture_output=True, text=True)
