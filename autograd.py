@@ -24,7 +24,7 @@ import math
 
 import numpy
 
-from backend import gpu, leading_sums, on_a_gpu, row_dots, row_sums, to_numpy, use_device, xp
+from backend import gpu, leading_sums, on_a_gpu, row_dots, row_sums, to_numpy, xp
 
 
 # %% 1. One gradient
@@ -283,10 +283,10 @@ def numeric_array(data):
     """xp.asarray(data), where that is an array of numbers."""
     if isinstance(data, Tensor):
         raise TypeError("this is a Tensor already; .detach() is its value without history")
-    array = xp.asarray(data)
+    array = xp.asarray(data) if hasattr(data, "dtype") else numpy.asarray(data)
     if array.dtype.kind not in "fiub":
         raise TypeError(f"numbers expected, not {data!r:.40}")
-    return array
+    return xp.asarray(array)
 
 
 def arrays(*operands):
@@ -817,7 +817,7 @@ def walk_through():
         loss.backward()
         by_hand = (2 * (w.item() - 3) * x.numpy() ** 2).mean()
         print(f"   w {w.item():.3f}   L {loss.item():7.4f}   "
-              f"dL/dw {w.grad[0]:7.3f}, by hand {by_hand:7.3f}")
+              f"dL/dw {w.grad.item():7.3f}, by hand {by_hand:7.3f}")
         w.data -= 0.15 * w.grad                 # in place, after backward()
 
     print("\n2. The proof, for a layer normalisation between two products.")

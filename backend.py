@@ -253,9 +253,9 @@ def one_blas_thread():
     OPENBLAS_NUM_THREADS would do so too, but only if it was set before NumPy was imported.
     """
     given_back = []
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):                  # of what is not Linux
         with open("/proc/self/maps") as file:
-            paths = set(re.findall(r"/\S*(?:openblas|mkl_rt)\S*", file.read()))
+            paths = set(re.findall("/.*(?:openblas|mkl_rt).*", file.read()))
         for library in map(ctypes.CDLL, paths):
             for names in BLAS_THREADS:
                 if all(hasattr(library, name) for name in names):

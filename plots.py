@@ -71,7 +71,7 @@ def mean_attention(model, tokens, seq_len, mem_len):
             _, memory = model(segment, memory, mem_len=mem_len)
     if not found:
         raise ValueError(f"the text is too short for {seq_len} characters behind a memory of "
-                         f"{mem_len}; --eval-mem-len N sets a shorter one")
+                         f"{mem_len}: give a smaller memory")
     return sum(found) / len(found)
 
 

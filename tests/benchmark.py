@@ -1,4 +1,4 @@
-"""How fast a training step, evaluation and generation are, on fixed configurations.
+"""How fast a training step, evaluation and generation are.
 
     python tests/benchmark.py                       all CPU configurations
     python tests/benchmark.py small medium --json   one JSON object a line
@@ -15,7 +15,6 @@ products alone would take at the best rate measured in this process, as a part o
 import argparse
 import contextlib
 import json
-import os
 import pathlib
 import statistics
 import sys
@@ -98,9 +97,8 @@ def product_operations(c):
     """Multiplications and additions in a step's matrix products. Each has two of its size in the
     backward pass, one for each operand; only the memory and the sinusoids need none."""
     B, T, M, D, F = (c[name] for name in ("batch", "seq_len", "mem_len", "d_model", "d_ff"))
-    K = M + T
-    both = 8 * T * D * D + 4 * T * D * F + 6 * T * K * D    # projections, feed-forward, attention
-    weights_only = 4 * B * M * D * D + 2 * K * D * D        # keys and values of the memory; r
+    both = 8 * T * D * D + 4 * T * D * F + 6 * T * (M + T) * D      # attention is the last
+    weights_only = 4 * B * M * D * D + 2 * (M + T) * D * D          # memory's keys, values; r
     return c["n_layer"] * (3 * B * both + 2 * weights_only) + 3 * 2 * B * T * D * c["vocab"]
 
 
@@ -118,8 +116,8 @@ def peak_rss_mib(_=None):
 
 
 def print_row(name, args):
-    c, row = CONFIGS[name], {"program": f"{xp.module.__name__} {xp.module.__version__}",
-                             "config": name}
+    c = CONFIGS[name]
+    row = {"program": f"{xp.module.__name__} {xp.module.__version__}", "config": name}
     if args.generate:
         model, prompt = model_of(c), [0] * c["mem_len"]
         list(txl.generate(model, prompt, 3))                # warm up
@@ -142,8 +140,7 @@ def print_row(name, args):
 
 def print_profile(name, args):
     """A step of one worker's share of the batch: each operation without those it calls."""
-    c, spent = CONFIGS[name], {}
-    running = []                # [name, seconds in what it calls], the innermost last
+    c, spent, running = CONFIGS[name], {}, []       # running: [name, seconds in what it calls]
 
     def timed(name, function):
         def run(*arguments, **options):
@@ -195,12 +192,11 @@ def print_scaling(name, args):
     print(f"{name:12}{'':>8}{'ms a step':>12}{'us a token':>12}")
     for what, values in [("mem_len", [0, 64, 128, 256, 512, 1024]),
                          ("seq_len", [16, 32, 64, 128, 256]), ("batch", [4, 8, 16, 32, 64]),
-                         ("threads", [n for n in (1, 2, 4, 8) if n <= (os.cpu_count() or 1)])]:
+                         ("threads", [n for n in (1, 2, 4, 8) if n <= backend.core_count()])]:
         for value in values:
-            changed = {"threads": args.threads, **CONFIGS[name], what: value}
-            seconds, _, _ = time_steps(changed, changed["threads"], args)
-            tokens = changed["batch"] * changed["seq_len"]
-            print(f"{what:12}{value:8}{seconds * 1e3:12.1f}{seconds / tokens * 1e6:12.1f}")
+            c = {"threads": args.threads, **CONFIGS[name], what: value}
+            ms = 1e3 * time_steps(c, c["threads"], args)[0]
+            print(f"{what:12}{value:8}{ms:12.1f}{1e3 * ms / c['batch'] / c['seq_len']:12.1f}")
 
 
 def print_evaluation(name, args, seq_len=64):

@@ -1,9 +1,8 @@
 """Two stand-ins for CuPy on machines without a GPU: NumPy behind arrays as strict as CuPy's.
 
-A CuPy array does not mix with a NumPy array and is not converted to one unless asked
-(`.get()`); NumPy's functions refuse it. Code that passes device data to `numpy` by mistake
-works on the CPU and fails on the GPU. With these libraries in the place of `xp` it fails on
-any machine.
+A CuPy array does not mix with a NumPy array and is not converted to one unless asked, by
+`.get()`. Code that passes device data to `numpy` by mistake works on the CPU and fails on the
+GPU. With these libraries in the place of `xp` it fails on any machine.
 
     Library     what it computes is NumPy's result, bit for bit
     Cuda        has CuPy's name, so that everything goes the way of a GPU: it compiles the
@@ -142,8 +141,8 @@ class Library:
 
 
 # %% CUDA on the processor
-# A block's threads are fibers, which run one after another. Each runs up to the next place
-# where threads wait for each other, and the next round begins when all have come there.
+# A block's threads are fibers, which run one after another, each up to the next place where it
+# waits: for its warp, 32 threads, which goes on when all are there, or for the whole block.
 
 WORDS = r"""
 #include <cmath>
@@ -159,21 +158,25 @@ THREADS = r"""
 #include <cstdlib>
 #include <functional>
 #include <ucontext.h>
-#include <utility>
 struct Place { unsigned x; };
 static Place blockIdx, blockDim, threadIdx;
 static jmp_buf rounds, thread[1024];
 static double slot[1024];
 static unsigned begun, unfinished;
+static bool in_warp;
 static std::function<void()> kernel;
 
-static void __syncthreads() { if (!_setjmp(thread[threadIdx.x])) _longjmp(rounds, 1); }
+static void wait(bool warp) {
+    in_warp = warp;
+    if (!_setjmp(thread[threadIdx.x])) _longjmp(rounds, 1);
+}
+static void __syncthreads() { wait(false); }
 
 template <typename T> T __shfl_xor_sync(unsigned, T x, int step) {
     slot[threadIdx.x] = x;
-    __syncthreads();
+    wait(true);
     T y = slot[threadIdx.x ^ step];
-    __syncthreads();
+    wait(true);
     return y;
 }
 
@@ -197,12 +200,15 @@ template <typename... P>
 static void launch(void (*function)(P...), unsigned blocks, unsigned threads, void** given) {
     blockDim.x = threads;
     kernel = [=]<size_t... I>(std::index_sequence<I...>) {
-        return [=] { function(*(P*)given[I]...); };
+        return [=] { function(*(P*)given[I]...); };         // its arguments, one by one
     }(std::index_sequence_for<P...>());
     for (blockIdx.x = 0; blockIdx.x < blocks; blockIdx.x++)
         for (unfinished = threads; unfinished;) {
             if (unfinished != threads) abort();     // a thread waits for one that has ended
-            for (threadIdx.x = 0; threadIdx.x < threads; threadIdx.x++) run_until_it_waits();
+            for (unsigned warp = 0; warp < threads; warp += 32)
+                do for (threadIdx.x = warp; threadIdx.x < warp + 32; threadIdx.x++)
+                    run_until_it_waits();
+                while (in_warp);
         }
 }
 """
@@ -235,6 +241,7 @@ class RawModule:
 
     def get_function(self, name):
         def kernel(grid, block, arguments):
+            assert grid > (0,) and block[0] in range(32, 1025, 32)
             values = [numpy.array(x.data.ptr if isinstance(x, Array) else unwrap(x, name))
                       for x in arguments]
             given = (ctypes.c_void_p * len(values))(*pointers(values))
@@ -249,18 +256,18 @@ class ElementwiseKernel:
         self.name, self.inputs = name, inputs.count(",") + 1
         self.types = dict(parameter.split()[::-1]
                           for parameter in f"{inputs}, {results}".split(", "))
-        types = {name: {"uint64": "unsigned long long"}.get(type, type)
-                 for name, type in self.types.items()}
         declared = ", ".join(f"{'const ' * (n < self.inputs)}{type}& {name}"
-                             for n, (name, type) in enumerate(types.items()))
-        self.text = (f"namespace {name}_ {{ {preamble}\ntemplate <typename T> __device__ void of("
-                     f"ptrdiff_t i, {declared}) {{ {operation}; }} }}\n")
+                             for n, (name, type) in enumerate(self.types.items()))
+        self.text = (f"namespace {name}_ {{ typedef unsigned long long uint64; {preamble}\n"
+                     "template <typename T> __device__ void of("
+                     f"ptrdiff_t i, {declared}) {{ {operation}; }}\n")
         for kind in ("float", "double"):
-            taken = ", ".join(f"{type.replace('T', kind)}* {name}" for name, type in types.items())
-            each = ", ".join(f"{name}[i]" for name in types)
-            self.text += (f'extern "C" __global__ void {name}_{kind}(ptrdiff_t count, {taken}) {{ '
-                          "for (ptrdiff_t i = 0; i < count; i++) "
-                          f"{name}_::of<{kind}>(i, {each}); }}\n")
+            taken = ", ".join(f"{type}* {name}" for name, type in self.types.items())
+            self.text += (
+                f'extern "C" __global__ void {name}_{kind}(ptrdiff_t count, '
+                f"{taken.replace('T*', kind + '*')}) {{ for (ptrdiff_t i = 0; i < count; i++) "
+                f"of<{kind}>(i, {', '.join(f'{name}[i]' for name in self.types)}); }}\n")
+        self.text += "}\n"
 
     @functools.cached_property
     def library(self):

@@ -26,6 +26,8 @@ def to_device(key):
     """The integer lists and arrays in an index, as arrays of the current device."""
     if isinstance(key, tuple):
         return tuple(map(to_device, key))
+    if isinstance(key, Tensor):
+        return Tensor(to_device(key.numpy()))
     return xp.asarray(key) if isinstance(key, (list, numpy.ndarray)) else key
 
 

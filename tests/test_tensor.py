@@ -7,6 +7,7 @@ import numpy
 import pytest
 
 import autograd
+import backend
 import fast
 from autograd import Tensor, no_grad, stop_gradient, to_numpy, xp
 
@@ -354,4 +355,4 @@ def test_what_a_tensor_cannot_hold():
 
 def test_use_device_knows_two_devices():
     with pytest.raises(ValueError, match="'cpu' or 'gpu', not 'tpu'"):
-        autograd.use_device("tpu")
+        backend.use_device("tpu")
