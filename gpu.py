@@ -147,7 +147,7 @@ class Elementwise:
 
     arrays    names of the operands: arrays, which broadcast, and numbers of their dtype
     results   names of the results; where the text changes them in place, the last operands
-    text      assignments of arithmetic on these names, which is Python and CUDA's C++ at once
+    text      assignments of arithmetic on these names, in CUDA's C++
     """
 
     def __init__(self, name, arrays, results, text):

@@ -207,3 +207,9 @@ def test_training_learns_a_text_that_memory_makes_predictable(module, Adam):
         assert model.b_out.grad is None
         losses.append(loss.item())
     assert losses[0] == pytest.approx(math.log(4), rel=0.35) and max(losses[-10:]) < 0.05
+
+
+@both
+def test_a_list_of_parameters_is_refused_in_one_line(Adam):
+    with pytest.raises(TypeError, match="give {name: Tensor}"):
+        Adam([leaf([1.0])])
