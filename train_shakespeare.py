@@ -2,7 +2,7 @@
 # %% Train a Transformer-XL on Shakespeare
 """Train a character-level Transformer-XL on Tiny Shakespeare, and let it write.
 
-    python train_shakespeare.py               train: 5 to 6 minutes on two cores
+    python train_shakespeare.py               train: 5 to 7 minutes on two cores
         --device gpu                          a larger model on a CUDA GPU
         --resume                              continue an interrupted run
         --generate "ROMEO:"                   let the model continue a text
