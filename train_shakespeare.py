@@ -589,8 +589,9 @@ def tiny_shakespeare():
     sources, reasons = ((TINY, download_tiny_shakespeare), (PLAYS, download_plays)), []
     for corpus, _ in sources:
         path = HERE / "data" / corpus["file"]
-        if path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == corpus["sha256"]:
-            return path.read_bytes()
+        data = path.read_bytes() if path.exists() else b""
+        if hashlib.sha256(data).hexdigest() == corpus["sha256"]:
+            return data
     for corpus, download in sources:
         try:
             data = download()
